@@ -1,0 +1,6 @@
+"""Which sequences share one old policy, in what order they are trained, and what that policy gave them."""
+
+from psft.window.schedule import EpochPlan, Schedule, Step, plan_epoch
+from psft.window.window import Window
+
+__all__ = ["EpochPlan", "Schedule", "Step", "Window", "plan_epoch"]

@@ -1,0 +1,133 @@
+"""Shared fixtures: a tiny tokenizer and model made in the process, and the folder of real data.
+
+Nothing downloads. Heavy imports stay inside the fixtures, so tests of rooms without torch stay fast.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+for _name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+    os.environ.setdefault(_name, "1")  # a test that reaches for the network fails at once instead of waiting for it
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+CHATML_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_SENTENCES = [
+    "Natalia sold 48 clips to her friends in April, and then she sold half as many clips in May.",
+    "How many clips did Natalia sell altogether in April and May?",
+    "Natalia sold 48/2 = 24 clips in May. Natalia sold 48 + 24 = 72 clips altogether.",
+    "A robe takes 2 bolts of blue fiber and half that much white fiber. How many bolts in total?",
+    "It takes 2 / 2 = 1 bolt of white fiber, so the total is 2 + 1 = 3 bolts. The answer is 3.",
+    "You are a helpful assistant. Answer the question and show the steps: user asks, assistant answers.",
+    "system user assistant question answer instruction input output prompt completion",
+]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real data beside the repository; tests that need it are skipped where it is absent."""
+    path = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip("real data is not there: this test reads ../shared/data relative to the repository root")
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_tiny_tokenizer() -> Callable[[], Any]:
+    """Factory of a fresh byte-level BPE tokenizer of 400 tokens: `<|im_end|>` ends a turn, `<|pad|>` pads."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(_SENTENCES, trainer)
+    serialized = backend.to_str()
+
+    def make() -> Any:
+        from transformers import PreTrainedTokenizerFast
+
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(serialized),
+            eos_token="<|im_end|>",
+            pad_token="<|pad|>",
+            additional_special_tokens=["<|im_start|>"],
+            model_max_length=4096,
+        )
+        tokenizer.chat_template = CHATML_TEMPLATE
+        return tokenizer
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(make_tiny_tokenizer: Callable[[], Any]) -> Any:
+    """One tokenizer for the session; a test that changes its template or tokens takes `make_tiny_tokenizer()`."""
+    return make_tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def make_tiny_model(tiny_tokenizer: Any) -> Callable[..., Any]:
+    """Factory `make_tiny_model(seed=0, **config)`: a fresh float32 Llama, 2 layers, hidden 32, tied embeddings.
+
+    Weights are drawn wide (standard deviation 0.3), so logits are peaked and unequal: a shift by one token shows.
+    The random state outside is left as it was.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.set_num_threads(2)
+
+    def make(seed: int = 0, **overrides: Any) -> Any:
+        settings: dict[str, Any] = {
+            "vocab_size": len(tiny_tokenizer),
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 64,
+            "max_position_embeddings": 4096,
+            "initializer_range": 0.3,
+            "tie_word_embeddings": True,
+            "bos_token_id": None,
+            "eos_token_id": tiny_tokenizer.eos_token_id,
+            "pad_token_id": tiny_tokenizer.pad_token_id,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = LlamaForCausalLM(LlamaConfig(**{**settings, **overrides}))
+        return model.to(torch.float32).eval()
+
+    return make
+
+
+@pytest.fixture
+def tiny_model(make_tiny_model: Callable[..., Any]) -> Any:
+    """A fresh tiny model for each test, always the same weights (`make_tiny_model` makes more, or other seeds)."""
+    return make_tiny_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_path(
+    tmp_path_factory: pytest.TempPathFactory, make_tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> Path:
+    """Folder with the tiny model and tokenizer as `save_pretrained` writes them; read it, do not write into it."""
+    path = tmp_path_factory.mktemp("tiny-model")
+    make_tiny_model().save_pretrained(path)
+    tiny_tokenizer.save_pretrained(path)
+    return path
