@@ -1,0 +1,73 @@
+"""Bundled demonstrations: worked grade-school solutions made by reasoning-gym's `gsm_symbolic`, without a download.
+
+`reasoning-gym:gsm_symbolic?size=256&seed=0` gives 256 conversations. Each answer is the worked solution and ends with
+a line `#### NUMBER`, as GSM8K's do, so that a greedy answer can be graded with `final_answer`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from urllib.parse import parse_qsl
+
+from psft.data.rows import Row
+from psft.errors import RequestError
+
+PREFIX = "reasoning-gym:"
+_TASK = "gsm_symbolic"
+_DEFAULTS = {"size": 256, "seed": 0}
+_FINAL_LINE = re.compile(r"####[ \t]*([^\n]+)")
+_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
+
+
+def final_answer(text: str) -> str | None:
+    """The number after the last `####`, in one spelling: no thousands commas, no unit, no `.0`. None if there is none.
+
+    >>> final_answer("She has 2 * 600 = 1200.\\n#### $1,200.00")
+    '1200'
+    """
+    lines = _FINAL_LINE.findall(text)
+    if not lines or (number := _NUMBER.search(lines[-1])) is None:
+        return None
+    return _plain_number(number.group())
+
+
+def _plain_number(text: str) -> str:
+    text = text.replace(",", "").lstrip("+")
+    if "." in text:
+        text = text.rstrip("0").rstrip(".")
+    sign, digits = ("-", text[1:]) if text.startswith("-") else ("", text)
+    digits = digits.lstrip("0") or "0"
+    digits = f"0{digits}" if digits.startswith(".") else digits
+    return digits if digits == "0" else sign + digits
+
+
+def read_demonstrations(source: str) -> Iterator[Row]:
+    """Rows `{"messages": [user, assistant]}` of a `reasoning-gym:` source; the same source always gives the same rows.
+
+    Raises:
+        RequestError: unknown task or option, a size or seed that is no count, or reasoning-gym is not installed.
+    """
+    task, _, query = source.removeprefix(PREFIX).partition("?")
+    if task != _TASK:
+        raise RequestError(f"{source}: unknown task {task!r}. There is {PREFIX}{_TASK}?size=256&seed=0.")
+    options = dict(_DEFAULTS)
+    for key, value in parse_qsl(query, keep_blank_values=True):
+        if key not in options or not value.isdecimal():
+            raise RequestError(f"{source}: cannot use {key}={value}. Options: size and seed, each a whole number.")
+        options[key] = int(value)
+    if options["size"] < 1:
+        raise RequestError(f"{source}: size must be 1 or more.")
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise RequestError(f"{source} needs reasoning-gym: pip install reasoning-gym.") from error
+    entries = reasoning_gym.create_dataset(_TASK, **options)
+    return (_demonstration(source, number, entry) for number, entry in enumerate(entries, start=1))
+
+
+def _demonstration(source: str, number: int, entry: dict) -> Row:
+    solution = _FINAL_LINE.sub("", entry["metadata"]["answer_cot"]).strip()
+    answer = f"{solution}\n#### {_plain_number(str(entry['answer']))}"
+    messages = [{"role": "user", "content": entry["question"]}, {"role": "assistant", "content": answer}]
+    return Row(source, number, {"messages": messages})

@@ -1,0 +1,97 @@
+"""Recognises what kind of demonstrations a source holds from the names of its fields.
+
+Formats, most explicit first; the first one whose required fields are all present wins. `columns` maps a role to the
+field that plays it, and a format that uses the mapped roles goes before one that does not.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from psft.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A kind of row: `required` fields decide whether it is recognised, `optional` ones are used where present."""
+
+    name: str
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+
+FORMATS = (
+    Format("messages", ("messages",)),  # OpenAI chat: [{"role": ..., "content": ...}]
+    Format("conversations", ("conversations",), ("system",)),  # ShareGPT: [{"from": "human", "value": ...}]
+    Format("prompt-completion", ("prompt", "completion"), ("system",)),  # TRL: text or messages
+    Format("prompt-demonstration", ("prompt", "demonstration"), ("system",)),  # parquet of the reference PSFT fork
+    Format("instruction", ("instruction", "output"), ("input", "system")),  # Alpaca
+    Format("question-answer", ("question", "answer"), ("system",)),  # GSM8K
+    Format("text", ("text",)),  # plain text, every token trained
+)
+_BY_NAME = {format.name: format for format in FORMATS}
+ROLES = tuple(dict.fromkeys(role for format in FORMATS for role in (*format.required, *format.optional)))
+
+
+def known_formats() -> str:
+    return "; ".join(f"{f.name} ({' + '.join(f.required)})" for f in FORMATS)
+
+
+def choose_format(
+    values: Iterable[Any], *, dataset_format: str = "auto", columns: Mapping[str, str] | None = None, source: str
+) -> Format:
+    """The format of a source, from its first rows (`values`; anything but an object with fields is passed over).
+
+    Raises:
+        RequestError: unknown format or role, a mapped column that no row has, or fields that fit no format.
+    """
+    columns = columns or {}
+    for role in columns:
+        if role not in ROLES:
+            raise RequestError(f"columns: unknown role {role!r}{_nearest(role, ROLES)}. Roles: {', '.join(ROLES)}.")
+    if dataset_format != "auto" and dataset_format not in _BY_NAME:
+        raise RequestError(
+            f"dataset_format: unknown format {dataset_format!r}{_nearest(dataset_format, _BY_NAME)}. "
+            f"Formats: auto; {known_formats()}."
+        )
+    field_sets = list(dict.fromkeys(tuple(value) for value in values if isinstance(value, Mapping) and value))
+    if not field_sets:  # nothing but unreadable rows: validation will list them under any format
+        return _BY_NAME.get(dataset_format, FORMATS[0])
+    seen = ", ".join(map(str, field_sets[0]))
+    for role, column in columns.items():
+        if not any(column in fields for fields in field_sets):
+            raise RequestError(
+                f"columns: {source} has no field {column!r} for role {role!r}{_nearest(column, field_sets[0])}. "
+                f"Its fields: {seen}."
+            )
+    if dataset_format != "auto":
+        return _BY_NAME[dataset_format]
+    for fields in field_sets:
+        if (found := _recognise({*fields, *columns}, columns)) is not None:
+            return found
+    raise RequestError(
+        f"{source}: the fields ({seen}) fit no known format. Known: {known_formats()}. "
+        "Name your fields with columns, for example --columns prompt=FIELD,completion=FIELD."
+    )
+
+
+def _recognise(fields: set[str], columns: Mapping[str, str]) -> Format | None:
+    candidates = [format for format in FORMATS if fields.issuperset(format.required)]
+    if not candidates:
+        return None
+    return max(candidates, key=lambda format: len(columns.keys() & {*format.required, *format.optional}))
+
+
+def pick_roles(value: Mapping[str, Any], format: Format, columns: Mapping[str, str] | None) -> dict[str, Any]:
+    """The fields of one row under their role names; a field that is absent is left out."""
+    columns = columns or {}
+    names = {role: columns.get(role, role) for role in (*format.required, *format.optional)}
+    return {role: value[column] for role, column in names.items() if column in value}
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, [str(item) for item in known], n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
