@@ -1,0 +1,395 @@
+"""`psft plan`: what `psft train` would do with the same request. Loads no weights and downloads nothing."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from psft.data import Prepared
+    from psft.models.architectures import Architecture
+
+HELP = "Dry run of psft train: settings, steps, data, memory and time; no weights, no network."
+
+_SHOWN = (
+    "objective",
+    "epsilon_high",
+    "train_batch_size",
+    "mini_batch_size",
+    "sft_warmup_steps",
+    "sft_warmup_mini_batch_size",
+    "sft_warmup_learning_rate",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "num_train_epochs",
+    "max_steps",
+    "weight_decay",
+    "max_length",
+    "max_tokens_per_micro_batch",
+    "gradient_checkpointing",
+    "bf16",
+    "dataloader_drop_last",
+    "seed",
+    "output_dir",
+)
+
+
+@dataclass
+class _Data:
+    """What is known about the training set. num_rows: None if unknown; source says where the number is from."""
+
+    num_rows: int | None
+    source: str
+    prepared: Prepared | None = None
+    tokenizer: Any = None
+    notes: list[str] = field(default_factory=list)
+
+
+def run(argv: list[str]) -> int:
+    """Prints the plan of a request. Returns the exit code.
+
+    Raises:
+        RequestError: what `psft train` would refuse: unknown settings, contradictions, unusable local data.
+    """
+    from psft.cli.arguments import parse_request
+    from psft.config import DataArguments, ModelArguments
+    from psft.models.architectures import find_architecture
+    from psft.models.resolve import check_dtype
+    from psft.recipes import load_recipe
+    from psft.trainers.psft_config import PSFTConfig
+
+    sections = (DataArguments, ModelArguments, PSFTConfig)
+    given = parse_request(argv, sections, command="plan", load_recipe=load_recipe)
+    data, model = DataArguments(**given[DataArguments]), ModelArguments(**given[ModelArguments])
+    settings = _settings(PSFTConfig, given[PSFTConfig])
+    check_dtype(model.dtype, force_pure_bf16=settings.force_pure_bf16)
+    architecture = (
+        find_architecture(model.model_name_or_path, model.model_revision) if model.model_name_or_path else None
+    )
+    found = _look_at_data(data, model, settings)
+
+    _heading("Settings")
+    _table(_resolved_settings(data, model, settings, set(given[PSFTConfig])))
+    _heading("Steps")
+    _table(_steps(found, settings))
+    _heading("Data")
+    _table(_data_facts(found, data, settings))
+    if found.prepared is not None:
+        from psft.data import render_example
+
+        print("\n" + _indent(_shortened(render_example(found.prepared, found.tokenizer))))
+    _heading("Memory and time (a rough estimate from sizes, not a measurement)")
+    _print_estimate(architecture, found, model, settings)
+    notes = _notes(data, model, settings, found, architecture)
+    if notes:
+        _heading("Notes")
+        print("\n".join(f"  - {note}" for note in notes))
+    return 0
+
+
+def _settings(kind: type, given: dict[str, Any]) -> Any:
+    """The trainer's own settings, filled in and checked as `psft train` does, also for a GPU this machine lacks."""
+    import torch
+
+    from psft.errors import RequestError
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return kind(**{"use_cpu": not torch.accelerator.is_available(), **given})
+    except RequestError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise RequestError(f"the settings do not fit together: {str(error).splitlines()[0]}") from error
+
+
+def _look_at_data(data: Any, model: Any, settings: Any) -> _Data:
+    """Tokenises what is on this machine; for anything else the known number of rows, with a note."""
+    from psft.data import prepare_dataset
+    from psft.data.sources import read_rows
+    from psft.errors import RequestError
+    from psft.models.resolve import load_tokenizer, local_folder
+    from psft.recipes import known_dataset
+
+    if data.dataset is None:
+        return _Data(None, "no dataset named", notes=["name the demonstrations with --dataset"])
+    if not _is_local(data.dataset):
+        known = known_dataset(data.dataset, data.dataset_split)
+        where = f"not at hand: data set {data.dataset} is on the hub, and plan downloads nothing"
+        if known is None:
+            return _Data(None, "unknown", notes=[f"{where}; its number of rows is unknown"])
+        rows = min(known[0], data.max_rows or known[0])
+        return _Data(rows, known[1], notes=[f"{where}; its number of rows is from psft's table"])
+    name = model.model_name_or_path
+    notes = []
+    if name and local_folder(name, model.model_revision) is not None:
+        try:
+            tokenizer = load_tokenizer(name, settings.chat_template_path, model.model_revision)
+        except RequestError as error:
+            notes.append(f"not at hand: {error}")
+        else:
+            prepared = prepare_dataset(
+                data.dataset,
+                tokenizer=tokenizer,
+                max_length=settings.max_length,
+                split=data.dataset_split,
+                config_name=data.dataset_config,
+                dataset_format=data.dataset_format,
+                columns=data.columns,
+                system_prompt=data.system_prompt,
+                on_bad_row=data.on_bad_row,
+                max_rows=data.max_rows,
+            )
+            return _Data(prepared.report.num_used, "counted", prepared, tokenizer)
+    else:
+        notes.append(f"not at hand: the tokenizer of {name}, so tokens are not counted (plan downloads nothing)")
+    num_rows = sum(1 for _ in read_rows(data.dataset, split=data.dataset_split, max_rows=data.max_rows))
+    return _Data(num_rows, "counted", notes=notes)
+
+
+def _is_local(source: str) -> bool:
+    """Whether `source` needs no network. A path that is missing counts: reading it says so."""
+    from psft.data.sources import FILE_SUFFIXES
+
+    looks_like_path = source.startswith((".", "/", "~")) or source.lower().endswith(FILE_SUFFIXES)
+    return source.startswith("reasoning-gym:") or looks_like_path or Path(source).expanduser().exists()
+
+
+def _resolved_settings(data: Any, model: Any, settings: Any, given: set[str]) -> list[tuple[str, str]]:
+    rows = [("model_name_or_path", str(model.model_name_or_path)), ("dataset", f"{data.dataset}")]
+    rows += [("dataset_split", data.dataset_split)] if data.dataset and not _is_local(data.dataset) else []
+    rows += [("eval_dataset", ", ".join(data.eval_dataset))] if data.eval_dataset else []
+    rows += [("system_prompt", data.system_prompt)] if data.system_prompt else []
+    rows += [("lora", f"rank {model.lora_r}, alpha {model.lora_alpha}")] if model.use_peft else []
+    shown = [*_SHOWN, *sorted(given - set(_SHOWN))]
+    for name in shown:
+        value = getattr(settings, name, None)
+        is_idle = name == ("num_train_epochs" if settings.max_steps > 0 else "max_steps")
+        is_idle = is_idle or (name.startswith("sft_warmup") and not settings.sft_warmup_steps)
+        if value is not None and not is_idle:
+            text = f"{value:g}" if isinstance(value, float) else str(getattr(value, "value", value))
+            rows.append((name, text if name in given else f"{text}  (default)"))
+    return rows
+
+
+def _schedule(found: _Data, settings: Any, *, with_warmup: bool = True) -> Any:
+    from psft.window.schedule import Schedule
+
+    return Schedule(
+        found.num_rows or 0,
+        settings.train_batch_size,
+        settings.mini_batch_size,
+        drop_last=settings.dataloader_drop_last,
+        warmup_steps=settings.sft_warmup_steps if with_warmup else 0,
+        warmup_mini_batch_size=settings.sft_warmup_mini_batch_size,
+    )
+
+
+def _steps(found: _Data, settings: Any) -> list[tuple[str, str]]:
+    from psft.window.schedule import plan_epoch
+
+    per_window = settings.train_batch_size // settings.mini_batch_size
+    facts = [
+        ("mini-batches per window", f"{per_window}  ({settings.train_batch_size} rows / {settings.mini_batch_size})"),
+    ]
+    if found.num_rows is None:
+        return [*facts, ("windows per epoch", "unknown: the number of rows is not known")]
+    epoch = plan_epoch(
+        found.num_rows,
+        train_batch_size=settings.train_batch_size,
+        mini_batch_size=settings.mini_batch_size,
+        drop_last=settings.dataloader_drop_last,
+    )
+    facts += [
+        ("rows", f"{found.num_rows}  ({found.source})"),
+        ("windows per epoch", str(epoch.num_windows)),
+        ("steps per epoch", f"{epoch.num_steps}" + ("  (after the warm-up)" if settings.sft_warmup_steps else "")),
+    ]
+    if epoch.num_rows_dropped:
+        facts.append(
+            ("rows left out per epoch", f"{epoch.num_rows_dropped}  (they fill no window; dataloader_drop_last)")
+        )
+    total = _num_steps(found, settings)
+    warmup = min(settings.sft_warmup_steps, total)
+    if warmup:
+        facts.append(("warm-up steps of plain SFT", str(warmup)))
+        facts.append(("steps after the warm-up", str(total - warmup)))
+    facts.append(("steps in all", f"{total}  ({_length_of_run(settings)})"))
+    return facts
+
+
+def _length_of_run(settings: Any) -> str:
+    return "max_steps" if settings.max_steps > 0 else f"{settings.num_train_epochs:g} epochs"
+
+
+def _num_steps(found: _Data, settings: Any) -> int:
+    if settings.max_steps > 0:
+        return int(settings.max_steps)
+    return int(_schedule(found, settings).num_steps(settings.num_train_epochs))
+
+
+def _data_facts(found: _Data, data: Any, settings: Any) -> list[tuple[str, str]]:
+    if found.prepared is None:
+        return [(str(data.dataset), "not read: see the notes")]
+    report = found.prepared.report
+    spread = ", ".join(f"{name} {value}" for name, value in report.length_quantiles.items())
+    facts = [
+        ("format", report.format),
+        ("rows used", f"{report.num_used} of {report.num_rows}"),
+        ("tokens", f"{report.num_tokens}, {report.num_trained_tokens} of them trained"),
+        ("tokens per row", spread),
+        ("truncated", f"{report.num_truncated} rows (max_length {settings.max_length})"),
+        ("end token", f"{report.end_token}  (trained)"),
+    ]
+    if report.num_rejected:
+        facts.append(("rejected", ", ".join(f"{count} x {reason}" for reason, count in report.reasons.items())))
+    return facts
+
+
+def _print_estimate(model: Architecture | None, found: _Data, arguments: Any, settings: Any) -> None:
+    from psft.models import estimate
+
+    if model is None:
+        print(f"  not at hand: the sizes of {arguments.model_name_or_path}; no estimate")
+        return
+    longest, mean = _lengths(found, model, settings)
+    trainable = estimate.lora_parameters(model, arguments.lora_r) if arguments.use_peft else model.num_parameters
+    facts = [
+        ("parameters", f"{model.num_parameters:,}" + (f", about {trainable:,} trained" if arguments.use_peft else "")),
+        (
+            "tokens per row",
+            f"{mean:,.0f} on average" if found.prepared else f"{mean:,.0f}: max_length, so an upper bound",
+        ),
+    ]
+    _table(facts)
+    head = ("device", "micro-batch", "needed", "fewest devices", "one step", "all steps")
+    rows = [head]
+    for device in (*estimate.ACCELERATORS, estimate.this_cpu()):
+        on_cpu = device.name.startswith("this CPU")
+        cap = settings.max_tokens_per_micro_batch
+        tokens = max(longest, (1024 if on_cpu else 8192) if cap == "auto" else int(cap))
+        memory = estimate.estimate_memory(
+            model,
+            micro_batch_tokens=tokens,
+            trainable_parameters=trainable,
+            bf16_autocast=not on_cpu,
+            pure_bf16=arguments.dtype == "bfloat16",
+            gradient_checkpointing=settings.gradient_checkpointing,
+        )
+        count = 1 if on_cpu else estimate.fewest_devices(memory, device)
+        fits = memory.total() <= device.memory_gib * estimate.GIB
+        seconds = estimate.seconds_per_step(
+            model,
+            device,
+            tokens_per_step=mean * settings.mini_batch_size,
+            num_mini_batches=1
+            if settings.objective == "sft"
+            else settings.train_batch_size // settings.mini_batch_size,
+            gradient_checkpointing=settings.gradient_checkpointing,
+        ) / (count or 1)
+        devices = ("1" if fits else "does not fit") if on_cpu else (str(count) if count else "more than 64")
+        total = (
+            _duration(seconds * _num_steps(found, settings)) if found.num_rows or settings.max_steps > 0 else "unknown"
+        )
+        needed = f"{memory.total() / estimate.GIB:.1f} GiB"
+        usable = devices.isdigit()
+        rows.append(
+            (
+                device.name,
+                f"{tokens} tok",
+                needed,
+                devices,
+                _duration(seconds) if usable else "-",
+                total if usable else "-",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    for row in rows:
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print("  needed: on one device, unsharded. Several devices: states sharded (FSDP or ZeRO-3), time at their number.")
+    shares = ", ".join(f"{device.name} {device.utilisation:.0%}" for device in estimate.ACCELERATORS)
+    cpu = f"CPU {estimate.CPU_UTILISATION:.0%} (its peak measured now, in float32)"
+    print(f"  assumed share of the peak: {shares}, {cpu}.")
+    print(
+        "  operations: 6 N per token, + 2 N (K-1)/K for old passes, + 2 N for checkpointing. Tiny models take longer."
+    )
+
+
+def _lengths(found: _Data, model: Architecture, settings: Any) -> tuple[int, float]:
+    """Longest and average tokens of a row; without data both are max_length (or the model's context)."""
+    if found.prepared is not None:
+        report = found.prepared.report
+        return int(report.length_quantiles["max"]), report.num_tokens / report.num_used
+    bound = settings.max_length or model.context
+    return bound, float(bound)
+
+
+def _notes(data: Any, model: Any, settings: Any, found: _Data, architecture: Architecture | None) -> list[str]:
+    from psft.models.quickstart import NAME
+    from psft.models.resolve import local_folder
+
+    notes = list(found.notes)
+    if settings.objective == "sft":
+        notes.append("this is plain SFT: objective is sft")
+    elif settings.mini_batch_size == settings.train_batch_size:
+        notes.append("this is plain SFT: with one mini-batch per window every ratio is 1 and nothing is ever clipped")
+    if settings.epsilon_high == float("inf"):
+        notes.append("epsilon_high is inf: the ratio is never clipped")
+    if model.model_name_or_path is None:
+        notes.append("name the model with --model_name_or_path")
+    elif local_folder(model.model_name_or_path, model.model_revision) is None:
+        how = "builds it in the cache once (92 MB download)" if model.model_name_or_path == NAME else "downloads it"
+        notes.append(f"not at hand: model {model.model_name_or_path}; psft train {how}")
+    if settings.output_dir and any(
+        (Path(settings.output_dir) / file).exists() for file in ("run.json", "metrics.jsonl")
+    ):
+        if not settings.overwrite_output_dir:
+            notes.append(
+                f"{settings.output_dir} holds another run: psft train will refuse it; name another --output_dir"
+            )
+    for source in data.eval_dataset or []:
+        name, separator, where = source.partition("=")
+        where = where if separator and not name.startswith("reasoning-gym:") else source
+        if not _is_local(where):
+            notes.append(f"not at hand: evaluation data {where}")
+    if architecture is not None and settings.max_length and settings.max_length > architecture.context:
+        notes.append(
+            f"max_length {settings.max_length} is more than the {architecture.context} tokens the model is made for"
+        )
+    return notes
+
+
+def _heading(title: str) -> None:
+    print(f"\n{title}\n{'-' * len(title)}")
+
+
+def _table(rows: list[tuple[str, str]]) -> None:
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, value in rows:
+        print(f"  {name:<{width}}  {value}")
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"  | {line}" for line in text.splitlines())
+
+
+def _shortened(text: str, most: int = 3000) -> str:
+    """The beginning and the end of a long example, so that the end token stays in sight. Sizes in characters."""
+    if len(text) <= most:
+        return text
+    return f"{text[: most // 2]}\n[... {len(text) - most} characters ...]\n{text[-(most // 2) :]}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,249 @@
+"""`psft train`: from a request to a trained model in a run folder."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from psft.errors import RequestError
+
+if TYPE_CHECKING:
+    from psft.config import DataArguments, ModelArguments
+    from psft.data.prepare import DataReport, Prepared
+    from psft.trainers import PSFTConfig, PSFTTrainer
+
+HELP = "fine-tune a model on demonstrations"
+
+
+def run(argv: list[str]) -> int:
+    """`psft train [RECIPE] [--flag value]...`"""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("psft").setLevel(logging.INFO)
+    request = read_request(argv, command="train")
+    run = prepare_run(request)
+    run.train()
+    print(f"\n{run.closing_lines()}")
+    return 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a person asked for, each part checked by itself."""
+
+    config: PSFTConfig
+    data: DataArguments
+    model: ModelArguments
+    output_dir: Path
+    model_name: str
+    dataset: str
+
+
+def read_request(argv: Sequence[str], *, command: str) -> Request:
+    """Read recipe and flags. Everything wrong with the settings is reported at once, before anything is loaded.
+
+    Args:
+        argv: command line after the command's name.
+    Raises:
+        RequestError: unknown or contradictory settings, or none for the model or the data.
+    """
+    from psft.cli.arguments import parse_request
+    from psft.config import DataArguments, ModelArguments
+    from psft.recipes import load_recipe
+    from psft.trainers import PSFTConfig
+
+    sections = [PSFTConfig, DataArguments, ModelArguments]
+    per_section = parse_request(argv, sections, command=command, load_recipe=load_recipe)
+    model = ModelArguments(**per_section[ModelArguments])
+    data = DataArguments(**per_section[DataArguments])
+    name, dataset = model.model_name_or_path, data.dataset
+    if not name or not dataset:
+        missing = [f"--{n} is missing" for n, v in (("model_name_or_path", name), ("dataset", dataset)) if not v]
+        raise RequestError("; ".join(missing) + f". Give both, or a recipe: psft {command} quickstart.")
+    if data.on_bad_row not in ("error", "skip"):
+        raise RequestError(f"on_bad_row='{data.on_bad_row}' is not known. Use error or skip.")
+    settings = per_section[PSFTConfig]
+    settings.setdefault("output_dir", f"runs/{Path(name).name}-{settings.get('objective', 'psft').replace(':', '-')}")
+    if data.eval_dataset:
+        settings.setdefault("eval_on_start", True)
+        settings.setdefault("eval_strategy", "steps" if "eval_steps" in settings else "epoch")
+    try:
+        config = PSFTConfig(**settings)
+    except RequestError:
+        raise
+    except (ValueError, TypeError) as error:  # transformers and TRL check their own settings this way
+        raise RequestError(" ".join(str(error).split())) from error
+    return Request(config, data, model, Path(str(config.output_dir)), name, dataset)
+
+
+@dataclass
+class PreparedRun:
+    """A trainer ready to go, with what was found in the data."""
+
+    trainer: PSFTTrainer
+    reports: dict[str, DataReport]
+
+    def train(self) -> None:
+        """Train, measure held-out data at the end, save model, tokenizer and model card into the run folder."""
+        trainer = self.trainer
+        trainer.train()
+        if trainer.eval_dataset and trainer.recorder.last_evaluated_step != trainer.state.global_step:
+            trainer.evaluate()
+            trainer.recorder.write_summary()
+        trainer.save_model(trainer.args.output_dir)
+        if trainer.is_world_process_zero():
+            trainer.create_model_card(model_name=trainer.recorder.folder.path.name)
+
+    def closing_lines(self) -> str:
+        """What to know at the end: where the model is and how the measured values moved."""
+        summary = self.trainer.recorder.folder.read_json("summary.json")
+        first, last = summary["first"], summary["last"]
+        lines = [f"{'':24}{'first':>10}{'last':>10}"]
+        lines += [f"{name:24}{first[name]:10.4f}{last[name]:10.4f}" for name in first if name in last]
+        lines.append(
+            f"\n{summary['steps']} steps in {summary['wall_time_s']:.0f} s. "
+            f"Model and records: {self.trainer.args.output_dir}"
+        )
+        return "\n".join(lines)
+
+
+def prepare_run(request: Request) -> PreparedRun:
+    """Load data and model and build the trainer. The run folder is claimed once nothing about the request can fail.
+
+    Raises:
+        RequestError: unusable data, model or combination, or an output folder that holds another run.
+    """
+    from psft.models import load_model, load_tokenizer, resolve_model
+    from psft.ops.precision import choose_cpu_matmul_precision
+    from psft.runs import RunFolder
+    from psft.trainers import PSFTTrainer
+
+    config, data, model = request.config, request.data, request.model
+    folder = RunFolder(request.output_dir)
+    if folder.holds_run() and not config.overwrite_output_dir:
+        folder.claim(overwrite=False)  # raises: it holds another run
+    choose_cpu_matmul_precision()
+    resolve_model(request.model_name, model.model_revision)
+    tokenizer = load_tokenizer(request.model_name, config.chat_template_path, model.model_revision)
+    config.chat_template_path = None  # the tokenizer has it now
+    # Rows arrive tokenised, cut and checked: TRL has nothing left to prepare.
+    config.dataset_kwargs = {"skip_prepare_dataset": True}
+    with tempfile.TemporaryDirectory() as temporary:
+        rejected = Path(temporary) / "rejected.jsonl"
+        try:
+            prepared = _prepare_data(request, tokenizer, rejected)
+        except RequestError:
+            if rejected.exists() and not folder.holds_run():
+                folder.claim()
+                shutil.move(rejected, folder.path / "rejected.jsonl")
+            raise
+        for name, part in prepared.items():
+            print(_data_line(name, part.report))
+        weights = load_model(
+            request.model_name,
+            dtype=model.dtype,
+            force_pure_bf16=config.force_pure_bf16,
+            attn_implementation=model.attn_implementation,
+            revision=model.model_revision,
+        )
+        train = prepared.pop("train")
+        trainer = PSFTTrainer(
+            model=weights,
+            args=config,
+            train_dataset=train.dataset,
+            eval_dataset={name: part.dataset for name, part in prepared.items()} or None,
+            processing_class=tokenizer,
+            peft_config=_lora_config(model),
+        )
+        trainer.schedule()  # refuses impossible batch sizes before the folder is claimed
+        if trainer.is_world_process_zero():
+            folder.claim(overwrite=config.overwrite_output_dir)
+            if rejected.exists():
+                shutil.move(rejected, folder.path / "rejected.jsonl")
+    trainer.recorder.is_claimed = True
+    reports = {"train": train.report, **{name: part.report for name, part in prepared.items()}}
+    trainer.recorder.extra = {
+        "model": {f.name: getattr(model, f.name) for f in fields(model)},
+        "data": {f.name: getattr(data, f.name) for f in fields(data)},
+        "data_reports": {name: report.to_dict() for name, report in reports.items()},
+    }
+    return PreparedRun(trainer, reports)
+
+
+def _prepare_data(request: Request, tokenizer: Any, rejected: Path) -> dict[str, Prepared]:
+    """The training set under "train" and every held-out set under its name."""
+    from psft.data import prepare_dataset
+
+    data, config = request.data, request.config
+
+    shared: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "max_length": config.max_length,
+        "dataset_format": data.dataset_format,
+        "columns": data.columns,
+        "system_prompt": data.system_prompt,
+        "on_bad_row": data.on_bad_row,
+    }
+    prepared = {
+        "train": prepare_dataset(
+            request.dataset, split=data.dataset_split, config_name=data.dataset_config, max_rows=data.max_rows,
+            rejected_path=rejected, description="training data", **shared,
+        )
+    }  # fmt: skip
+    for name, source in named_sources(data.eval_dataset or []).items():
+        prepared[name] = prepare_dataset(
+            source,
+            split=data.eval_split,
+            config_name=data.dataset_config,
+            description=f"held-out data {name}",
+            **shared,
+        )
+    return prepared
+
+
+def named_sources(sources: Sequence[str]) -> dict[str, str]:
+    """Held-out sources by name: NAME=SOURCE as given, else the source's own short name.
+
+    Raises:
+        RequestError: two of one name, or one called train.
+    """
+    named: dict[str, str] = {}
+    for text in sources:
+        name, equals, source = text.partition("=")
+        if not equals or not name.replace("_", "").replace("-", "").isalnum():  # a "=" inside a path or query
+            source = text
+            name = Path(text.partition("?")[0]).name.partition(".")[0] or "heldout"
+        if name in named or name == "train":
+            raise RequestError(f"eval_dataset {text}: the name '{name}' is taken. Give it another: NAME=SOURCE.")
+        named[name] = source
+    return named
+
+
+def _data_line(name: str, report: DataReport) -> str:
+    share = report.num_trained_tokens / max(report.num_tokens, 1)
+    counts = {"truncated": report.num_truncated, "rejected": report.num_rejected}
+    notes = "".join(f", {count:,} {what}" for what, count in counts.items() if count)
+    return (
+        f"{name}: {report.num_used:,} rows of {report.source} ({report.format}), {report.num_tokens:,} tokens, "
+        f"{share:.0%} trained, end token {report.end_token}{notes}"
+    )
+
+
+def _lora_config(model: ModelArguments) -> Any:
+    if not model.use_peft:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise RequestError("use_peft needs the peft package. Install it: pip install 'psft[peft]'.") from error
+    return LoraConfig(
+        r=model.lora_r,
+        lora_alpha=model.lora_alpha,
+        lora_dropout=model.lora_dropout,
+        target_modules=model.lora_target_modules or "all-linear",
+        task_type="CAUSAL_LM",
+    )

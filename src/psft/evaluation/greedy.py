@@ -1,0 +1,81 @@
+"""Share of problems a model solves with one greedy answer each: the quick look of the quick start."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+
+from psft.data import final_answer
+from psft.ops.precision import exact_small_products
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class GreedyAnswers:
+    """num_correct of num_problems had the gold number after their last `####`; num_truncated hit the token limit."""
+
+    num_problems: int
+    num_correct: int
+    num_truncated: int
+
+    @property
+    def accuracy(self) -> float:
+        return self.num_correct / self.num_problems
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of the accuracy, sqrt(p (1 - p) / n)."""
+        return (self.accuracy * (1 - self.accuracy) / self.num_problems) ** 0.5
+
+
+def greedy_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[list[dict[str, str]]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    description: str = "greedy answers",
+) -> GreedyAnswers:
+    """Answer each conversation's last user turn greedily and compare with the number its own answer ends in.
+
+    Args:
+        conversations: messages ending with an assistant turn that holds `#### NUMBER`; that turn is the gold answer.
+        max_new_tokens: limit of an answer, in tokens; an answer that reaches it counts as truncated.
+    """
+    problems = [(messages[:-1], final_answer(messages[-1]["content"])) for messages in conversations]
+    prompts = [tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p, _ in problems]
+    order = sorted(range(len(problems)), key=lambda i: len(prompts[i]))  # little padding
+    num_correct = num_truncated = 0
+    was_training, side = model.training, tokenizer.padding_side
+    model.eval()
+    tokenizer.padding_side = "left"
+    try:
+        for start in tqdm(range(0, len(order), batch_size), desc=description, delay=2, leave=False):
+            rows = order[start : start + batch_size]
+            inputs = tokenizer([prompts[i] for i in rows], return_tensors="pt", padding=True, add_special_tokens=False)
+            inputs = inputs.to(model.device)
+            generated = _generate(model, tokenizer, inputs, max_new_tokens)[:, inputs["input_ids"].shape[1] :]
+            for i, tokens in zip(rows, generated, strict=True):
+                answer = str(tokenizer.decode(tokens, skip_special_tokens=True))
+                num_correct += final_answer(answer) == problems[i][1]
+                num_truncated += len(tokens) == max_new_tokens and tokenizer.eos_token_id not in tokens.tolist()
+    finally:
+        model.train(was_training)
+        tokenizer.padding_side = side
+    return GreedyAnswers(len(problems), num_correct, num_truncated)
+
+
+def _generate(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> torch.Tensor:
+    with torch.no_grad(), exact_small_products() if model.device.type == "cpu" else contextlib.nullcontext():
+        return model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id, temperature=None, top_p=None, top_k=None,
+        )  # fmt: skip

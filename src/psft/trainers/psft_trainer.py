@@ -1,0 +1,431 @@
+"""`PSFTTrainer`: `trl.SFTTrainer` with the window of the old policy inside its training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, IterableDataset
+from transformers.trainer_utils import EvalLoopOutput, seed_worker
+from trl import SFTTrainer
+
+from psft.data.microbatch import MiniBatchCollator
+from psft.errors import RequestError
+from psft.objectives import Objective, resolve_objective, sft_loss
+from psft.trainers.evaluation import token_mean_evaluation
+from psft.trainers.head import ScoredTokens, add_token_scoring
+from psft.trainers.loader import WindowLoader, WindowSampler
+from psft.trainers.psft_config import PSFTConfig
+from psft.trainers.recording import RunRecorder
+from psft.trainers.telemetry import StepTelemetry
+from psft.window import Schedule, Step, Window
+
+logger = logging.getLogger(__name__)
+
+
+class PSFTTrainer(SFTTrainer):
+    """Proximal SFT as a drop-in for `trl.SFTTrainer`: same constructor, data sets, callbacks, PEFT, trackers, hub.
+
+    One "batch" of the underlying loop is this rank's share of a mini-batch, already cut into micro-batches:
+
+        get_batch_samples   at a window's start: draw its mini-batches, score all but the first (old pass, no grad)
+        training_step       forward, objective and backward over the mini-batch's micro-batches
+        then                gradient clipping, one optimizer step, a row of metrics.jsonl
+
+    Source of the method: Zhu et al., arXiv:2508.17784.
+
+    Args: as `trl.SFTTrainer`; `args` is a `PSFTConfig`.
+    Raises:
+        RequestError: what cannot be combined with a window of one old policy, by name, before anything is trained.
+    """
+
+    _tag_names = ["trl", "sft", "psft"]
+    _name = "PSFT"
+    _paper = {
+        "title": "Proximal Supervised Fine-Tuning",
+        "id": "2508.17784",
+        "citation": "@article{zhu2025proximal,\n  title={Proximal Supervised Fine-Tuning},\n"
+        "  author={Zhu and others},\n"
+        "  journal={arXiv preprint arXiv:2508.17784},\n  year={2025}\n}",
+    }
+    loss_is_scaled_for_ga = True  # type: ignore[assignment]  # every objective divides by the tokens of the whole step
+
+    args: PSFTConfig
+    model: Any
+    train_dataset: Any
+    objective: Objective
+
+    def __init__(
+        self,
+        model: Any,
+        args: PSFTConfig | None = None,
+        data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+        train_dataset: Any = None,
+        *positional: Any,
+        **kwargs: Any,
+    ) -> None:
+        args = PSFTConfig() if args is None else args
+        if not isinstance(args, PSFTConfig):
+            raise RequestError(
+                f"args is a {type(args).__name__}; PSFTTrainer needs a psft.PSFTConfig (same fields and more)."
+            )
+        if kwargs.get("compute_loss_func") is not None:
+            raise RequestError(
+                "compute_loss_func bypasses the objective. Give objective='module:function' in PSFTConfig."
+            )
+        if isinstance(train_dataset, IterableDataset) or type(train_dataset).__name__ == "IterableDataset":
+            raise RequestError(
+                "a streaming train_dataset has no known length, so its windows cannot be laid out. "
+                "Load it without streaming=True (e.g. datasets.Dataset.from_generator)."
+            )
+        self.objective = resolve_objective(args.objective, {"epsilon_high": args.epsilon_high})
+        super().__init__(model, args, data_collator, train_dataset, *positional, **kwargs)
+        self._check_model()
+        add_token_scoring(self.model.get_base_model() if is_peft_model(self.model) else self.model)
+        if self.objective.needs_old_logps:
+            self._switch_dropout_off()
+        self.recorder = RunRecorder(self)
+        self._window: Window | None = None
+        self._current_step: Step | None = None
+        self._epoch_steps: deque[Step] = deque()
+        self._probe_logps: Tensor | None = None
+        self._is_pass_checked = False
+        self._announce_plain_sft()
+
+    # ---- what is refused or announced before training ----
+
+    def _check_model(self) -> None:
+        if self.args.n_gpu > 1:
+            raise RequestError(
+                "several GPUs in one process are not supported. Use `accelerate launch` or one visible GPU."
+            )
+        if self.aux_loss_enabled:
+            raise RequestError(
+                "this model adds a router auxiliary loss, which has no place in the clipped objective yet. "
+                "Set router_aux_loss_coef=0."
+            )
+        if is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
+            raise RequestError("prompt-learning adapters change the sequence. Use a LoRA-like adapter.")
+        low = {
+            p.dtype for p in self.model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)
+        }
+        is_quantized = getattr(self.model, "is_loaded_in_4bit", False) or getattr(
+            self.model, "is_loaded_in_8bit", False
+        )
+        if low and not is_quantized and not self.args.force_pure_bf16:
+            raise RequestError(
+                f"trainable weights are {', '.join(sorted(str(d).removeprefix('torch.') for d in low))}: an "
+                f"update at learning_rate={self.args.learning_rate:g} is rounded away and nothing is learnt. "
+                "Load the model in float32 (bf16=True still computes in bfloat16), or set force_pure_bf16=true."
+            )
+
+    def _switch_dropout_off(self) -> None:
+        """Dropout would draw different masks in the two passes and make the ratio noise."""
+        active = set()
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Dropout) and module.p > 0:
+                module.p = 0.0
+                active.add(name.rsplit(".", 1)[-1] or "dropout")
+            for attribute in ("dropout", "attention_dropout", "attn_pdrop", "hidden_dropout"):
+                value = getattr(module, attribute, None)
+                if isinstance(value, float) and value > 0:
+                    setattr(module, attribute, 0.0)
+                    active.add(attribute)
+        if active:
+            logger.warning(
+                "dropout is off during PSFT, as in DPO and GRPO; the model had: %s.", ", ".join(sorted(active))
+            )
+
+    def _announce_plain_sft(self) -> None:
+        if not self.objective.needs_old_logps:
+            return
+        if self.args.mini_batch_size == self.args.train_batch_size:
+            logger.warning(
+                "mini_batch_size equals train_batch_size=%d: every ratio is 1 and nothing is ever clipped. "
+                "This is plain SFT. For PSFT make mini_batch_size smaller, e.g. train_batch_size / 8.",
+                self.args.train_batch_size,
+            )  # fmt: skip
+
+    # ---- rows ----
+
+    def schedule(self) -> Schedule:
+        """Every optimizer step of this run."""
+        args = self.args
+        assert args.train_batch_size is not None and args.mini_batch_size is not None  # PSFTConfig fills them in
+        return Schedule(
+            len(self.train_dataset),
+            args.train_batch_size,
+            args.mini_batch_size,
+            drop_last=args.dataloader_drop_last,
+            warmup_steps=args.sft_warmup_steps,
+            warmup_mini_batch_size=args.sft_warmup_mini_batch_size,
+        )
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The rank's rows, one mini-batch an item, cut into micro-batches in the loader's workers."""
+        args = self.args
+        sampler = WindowSampler(
+            self.schedule(),
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+            is_shuffled=args.train_sampling_strategy == "random",
+            rank=args.process_index,
+            world_size=args.world_size,
+        )
+        dataset = self._remove_unused_columns(self.train_dataset, description="training")
+        collate = MiniBatchCollator(
+            self.data_collator,
+            max_tokens=args.max_tokens_per_micro_batch,
+            auto_tokens=args.auto_tokens_per_micro_batch,
+            is_padded=not self.padding_free,
+        )
+        workers = args.dataloader_num_workers
+        return WindowLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=workers,
+            pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+            worker_init_fn=(lambda worker: seed_worker(worker, workers, args.process_index)) if workers else None,
+        )
+
+    def set_initial_training_values(self, args: Any, dataloader: DataLoader[Any]) -> tuple[Any, ...]:
+        values = list(super().set_initial_training_values(args, dataloader))
+        if args.max_steps < 0:
+            values[-1] = self.schedule().num_steps(args.num_train_epochs)  # exact also when warm-up steps are larger
+        return tuple(values)
+
+    def num_examples(self, dataloader: DataLoader[Any]) -> int:
+        if isinstance(dataloader, WindowLoader):
+            return dataloader.window_sampler.schedule.num_rows
+        return super().num_examples(dataloader)
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        assert self.args.mini_batch_size is not None
+        return self.args.mini_batch_size
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        num_tokens = inputs.get("num_input_tokens")
+        if num_tokens is None:
+            return super().floating_point_ops(inputs)
+        return 6 * num_tokens * self.model.num_parameters(exclude_embeddings=True)
+
+    # ---- the window ----
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        loader = kwargs["train_dataloader"]
+        loader.set_epoch(kwargs["epoch"])
+        self._epoch_steps = deque(loader.window_sampler.steps())
+        self._window = None
+        super()._run_epoch(*args, **kwargs)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor | None]:
+        """The next mini-batch and its trained tokens over all ranks; opens the next window when one is spent."""
+        self.recorder.step_begins()
+        if self._window is None or self._window.is_spent:
+            if not self._epoch_steps:
+                return [], None
+            self._window = self._open_window(epoch_iterator)
+        self._current_step, micro_batches = self._window.take()
+        num_tokens = sum((m["labels"][:, 1:] != -100).sum() for m in micro_batches)
+        normalizer = self._reduce(torch.as_tensor(num_tokens, device=device), "sum").clamp(min=1)
+        num_input_tokens = self._num_input_tokens.popleft()
+        return [{"micro_batches": micro_batches, "num_input_tokens": num_input_tokens}], normalizer
+
+    def _open_window(self, epoch_iterator: Iterator[Any]) -> Window:
+        first = self._epoch_steps[0]
+        steps_left = self.state.max_steps - self.state.global_step
+        steps = [self._epoch_steps.popleft() for _ in range(min(first.num_mini_batches, len(self._epoch_steps)))]
+        steps = steps[: max(steps_left, 1)]  # the run ends inside this window: score no more than it will train
+        batches = [next(epoch_iterator) for _ in steps]
+        self._num_input_tokens = deque(batch["num_input_tokens"] for batch in batches)
+        window = Window(steps, [batch["micro_batches"] for batch in batches])
+        if self.objective.needs_old_logps and len(steps) > 1:
+            self._score_old_policy(window)
+        return window
+
+    def _score_old_policy(self, window: Window) -> None:
+        """The old pass: same micro-batches, mode and kernels as the training pass; mini-batch 1 needs none."""
+        model = self.model_wrapped
+        model.train()
+        with torch.no_grad():
+            for number, micro_batches in enumerate(window.mini_batches):
+                if number == 0 and not self._is_pass_checked:
+                    self._probe_logps = self._score(model, micro_batches[0]).logps
+                if number > 0:
+                    for i, micro_batch in enumerate(micro_batches):
+                        window.store_old_logps(number, i, self._score(model, micro_batch).logps)
+
+    def _score(self, model: nn.Module, micro_batch: dict[str, Any]) -> ScoredTokens:
+        with self.compute_loss_context_manager():
+            return model(**self._prepare_inputs(micro_batch), score_tokens=True)
+
+    # ---- one optimizer step ----
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward, objective and backward over the micro-batches of one mini-batch. Returns the step's loss."""
+        assert self._window is not None
+        model.train()
+        telemetry = StepTelemetry(self.args.device, self.args.epsilon_high)
+        total = torch.zeros((), device=self.args.device)
+        micro_batches = inputs["micro_batches"]
+        for i, micro_batch in enumerate(micro_batches):
+            is_last = i == len(micro_batches) - 1
+            sync = contextlib.nullcontext() if is_last else self.accelerator.no_sync(model)
+            with sync, self.maybe_activation_offload_context:
+                scored = self._score(model, micro_batch)
+                loss = self._objective_loss(scored, self._window.old_logps(i), num_items_in_batch, telemetry)
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        self.recorder.loss_seen(telemetry, total)
+        return total
+
+    def _objective_loss(
+        self, scored: ScoredTokens, old_logps: Tensor | None, normalizer: Tensor, telemetry: StepTelemetry
+    ) -> Tensor:
+        assert self._current_step is not None
+        if self._probe_logps is not None:
+            self._check_passes_agree(self._probe_logps, scored)
+        if self._current_step.is_warmup:
+            old_logps, output = None, sft_loss(scored.logps, scored.mask, normalizer=normalizer)
+        else:
+            if self.objective.needs_old_logps and old_logps is None:
+                old_logps = scored.logps.detach()  # first mini-batch: the weights are the old policy's
+            output = self.objective(
+                logps=scored.logps, old_logps=old_logps, completion_mask=scored.mask, normalizer=normalizer
+            )
+        telemetry.add(scored, old_logps, output.metrics)
+        return output.loss * self.args.world_size  # DDP and FSDP average gradients over ranks; the sum is meant
+
+    def _check_passes_agree(self, old_pass: Tensor, scored: ScoredTokens) -> None:
+        """Compare one micro-batch scored by both passes at equal weights: bit-equal, or the ratio starts as noise."""
+        self._probe_logps, self._is_pass_checked = None, True
+        training_pass = scored.logps.detach()
+        if torch.equal(old_pass, training_pass):
+            return
+        noise = (old_pass - training_pass).abs()[scored.mask]
+        dropout = [
+            name for name, m in self.model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0 and m.training
+        ]
+        cause = (
+            f"dropout is active ({dropout[0]})"
+            if dropout
+            else "a layer that depends on training mode or on gradients being on, a kernel that is not deterministic, "
+            "or a compiled graph that differs with and without gradients"
+        )
+        message = (
+            "the old pass and the training pass disagree at equal weights: log-probs differ by "
+            f"{noise.mean().item():.2e} nats on average, {noise.max().item():.2e} at most. Likely cause: {cause}."
+        )
+        if not self.args.allow_ratio_noise:
+            raise RequestError(f"{message} Remove the cause, or accept the noise with allow_ratio_noise=true.")
+        logger.warning("%s Going on, as allow_ratio_noise asks.", message)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """NLL in nats per token of one padded batch, for predictions with `compute_metrics`; not for training."""
+        scored = self._score(model, inputs)
+        loss = sft_loss(scored.logps, scored.mask, normalizer=scored.mask.sum().clamp(min=1)).loss
+        if not return_outputs:
+            return loss
+        with torch.no_grad():
+            return loss, model(**{k: v for k, v in inputs.items() if k != "labels"})
+
+    # ---- learning rate ----
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The scheduler of transformers, with `sft_warmup_learning_rate` as its peak during the plain-SFT stage."""
+        is_new = self.lr_scheduler is None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        warmup_rate = self.args.sft_warmup_learning_rate
+        if is_new and warmup_rate is not None:
+            if not isinstance(scheduler, LambdaLR):
+                raise RequestError(
+                    f"sft_warmup_learning_rate needs a schedule given as a function of the step; "
+                    f"lr_scheduler_type='{self.args.lr_scheduler_type}' is none. Use constant_with_warmup or cosine."
+                )
+            factor, last = warmup_rate / self.args.learning_rate, self.args.sft_warmup_steps
+            inner = scheduler.lr_lambdas
+            scheduler.lr_lambdas = [_scaled_before(last, factor, rate) for rate in inner]
+            for group, base, rate in zip(
+                scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+            ):
+                group["lr"] = base * rate(scheduler.last_epoch)
+            scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+        return scheduler
+
+    # ---- evaluation and records ----
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """NLL and entropy as means over all tokens of the data set; with `compute_metrics`, the Trainer's own loop."""
+        if self.compute_metrics is not None:
+            return super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        result = token_mean_evaluation(self, dataloader, description)
+        self.recorder.evaluated(metric_key_prefix, result)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.metrics().items()}
+        return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=result.num_rows)
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Tensor, grad_norm: Any, model: Any, trial: Any, epoch: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        if self.recorder.telemetry is not None and self._current_step is not None:
+            row = self.recorder.step_ends(self._current_step, grad_norm, kwargs.get("learning_rate"), self._reduce)
+            for name in (
+                "nll",
+                "entropy",
+                "clip_fraction",
+                "clippable_fraction",
+                "log_ratio_mean",
+                "mean_token_accuracy",
+            ):
+                if row.get(name) is not None:
+                    self._metrics["train"][name].append(row[name])
+            self._total_train_tokens += row["tokens"]
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, epoch, *args, **kwargs)
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; the run folder in `output_dir` gets run.json, metrics.jsonl, eval.jsonl and summary.json.
+
+        Raises:
+            RequestError: `output_dir` holds another run, or a checkpoint is given (resuming is not supported yet).
+        """
+        if resume_from_checkpoint or self.args.resume_from_checkpoint:
+            raise RequestError(
+                "resuming a PSFT run is not supported in this version: a checkpoint does not hold the window yet. "
+                "Start a new run from the checkpoint's weights with --model_name_or_path."
+            )
+        with self.recorder.recording():
+            return super().train(None, *args, **kwargs)
+
+    def _reduce(self, tensor: Tensor, how: str) -> Tensor:
+        if self.args.world_size == 1:
+            return tensor
+        gathered = self.accelerator.gather(tensor.reshape(1, -1))
+        return (gathered.sum(0) if how == "sum" else gathered.amax(0)).reshape(tensor.shape)
+
+
+def _scaled_before(last_step: int, factor: float, rate: Callable[[int], float]) -> Callable[[int], float]:
+    """The schedule `rate`, times `factor` for the steps before `last_step`."""
+    return lambda step: rate(step) * (factor if step < last_step else 1.0)

@@ -1,0 +1,173 @@
+"""What a training run leaves behind, written to its run folder as it goes. Only the first rank writes."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from psft.runs import RunFolder, command_line, describe_environment
+from psft.trainers.evaluation import HeldOutResult
+from psft.trainers.telemetry import StepTelemetry
+from psft.window import Step
+
+if TYPE_CHECKING:
+    from psft.trainers.psft_trainer import PSFTTrainer
+
+
+class RunRecorder:
+    """Follows one trainer: `step_begins` -> (telemetry set) -> `step_ends` for every step, `evaluated` now and then.
+
+    is_claimed: set to True by a caller that has claimed the run folder already. extra: more entries for run.json.
+    """
+
+    def __init__(self, trainer: PSFTTrainer) -> None:
+        self.trainer = trainer
+        self.folder = RunFolder(str(trainer.args.output_dir))
+        self.telemetry: StepTelemetry | None = None
+        self.is_claimed = False
+        self.last_evaluated_step: int | None = None
+        self.extra: dict[str, Any] = {}
+        self._loss: Tensor | None = None
+        self._step_started = self._train_started = self._wall_time_s = 0.0
+        self._exit_reason = "not started"
+        self._first: dict[str, Any] = {}
+        self._last: dict[str, Any] = {}
+        self._best: dict[str, Any] = {}
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Claim the folder, write run.json, and write summary.json however the run ends."""
+        if self._writes:
+            if not self.is_claimed:
+                self.folder.claim(overwrite=self.trainer.args.overwrite_output_dir)
+                self.is_claimed = True
+            self.folder.write_json("run.json", self._run_info())
+        self._train_started = time.monotonic()
+        self._exit_reason = "finished"
+        try:
+            yield
+        except KeyboardInterrupt:
+            self._exit_reason = "interrupted"
+            raise
+        except BaseException as error:
+            self._exit_reason = f"failed: {type(error).__name__}: {error}"
+            raise
+        finally:
+            self._wall_time_s = time.monotonic() - self._train_started
+            self.write_summary()
+
+    def write_summary(self) -> dict[str, Any]:
+        """Write summary.json from what is known now, and return it; again after a later measurement."""
+        summary = {
+            "exit_reason": self._exit_reason,
+            "steps": self.trainer.state.global_step,
+            "wall_time_s": self._wall_time_s,
+            "first": self._first,
+            "last": self._last,
+            "best": self._best,
+        }
+        if self._writes:
+            self.folder.write_json("summary.json", summary)
+        return summary
+
+    def loss_seen(self, telemetry: StepTelemetry, loss: Tensor) -> None:
+        """Keep what `training_step` measured until the optimizer has stepped; still on the device."""
+        self.telemetry, self._loss = telemetry, loss
+
+    def step_begins(self) -> None:
+        self._step_started = time.monotonic()
+
+    def step_ends(
+        self, step: Step, grad_norm: Any, learning_rate: float | None, reduce: Callable[[Tensor, str], Tensor]
+    ) -> dict[str, Any]:
+        """Read the step's telemetry (the one host synchronisation of a step) and append its row."""
+        assert self.telemetry is not None and self._loss is not None
+        measured = self.telemetry.read(reduce)
+        loss = reduce(self._loss, "sum").item() / self.trainer.args.world_size
+        self.telemetry = None
+        state = self.trainer.state
+        row = {
+            "step": state.global_step,
+            "stage": "warmup" if step.is_warmup else "train",
+            "window": step.window,
+            "mini_batch": step.mini_batch,
+            "epoch": state.epoch,
+            "loss": loss,
+            **measured,
+            "grad_norm": None if grad_norm is None else float(grad_norm),
+            "learning_rate": learning_rate,
+            "tokens_per_second": (measured["tokens"] or 0) / max(time.monotonic() - self._step_started, 1e-9),
+            "peak_memory_bytes": peak_memory_bytes(self.trainer.args.device),
+        }
+        self._note("", {k: row[k] for k in ("nll", "entropy", "clip_fraction", "grad_norm") if row.get(k) is not None})
+        if self._writes:
+            self.folder.append("metrics.jsonl", row)
+        return row
+
+    def evaluated(self, prefix: str, result: HeldOutResult) -> None:
+        """Append NLL and entropy of one held-out data set to eval.jsonl."""
+        name = prefix.removeprefix("eval_") if prefix != "eval" else "eval"
+        for metric in ("nll", "entropy"):
+            self.measured(name, metric, result.mean(metric), result.stderr(metric), int(result.tokens.sum()))
+        self.last_evaluated_step = self.trainer.state.global_step
+
+    def measured(
+        self, benchmark: str, metric: str, value: float, stderr: float | None, n: int, k: int | None = None
+    ) -> None:
+        """Append one value to eval.jsonl at the current step; fields as in `psft.runs.rows.EvalRow`."""
+        row = {
+            "step": self.trainer.state.global_step,
+            "benchmark": benchmark,
+            "metric": metric,
+            "k": k,
+            "value": value,
+            "stderr": stderr,
+            "n": n,
+        }
+        self._note(f"{benchmark}_", {metric: value})
+        if self._writes and self.is_claimed:
+            self.folder.append("eval.jsonl", row)
+
+    @property
+    def _writes(self) -> bool:
+        return self.trainer.is_world_process_zero()
+
+    def _note(self, prefix: str, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            key = prefix + name
+            self._first.setdefault(key, value)
+            self._last[key] = value
+            if name == "nll":
+                self._best[key] = min(value, self._best.get(key, value))
+
+    def _run_info(self) -> dict[str, Any]:
+        args = self.trainer.args
+        return {
+            "command": command_line(),
+            "started_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "seed": args.seed,
+            "objective": {"name": self.trainer.objective.name, "settings": dict(self.trainer.objective.settings)},
+            "config": args.to_sanitized_dict() | {"train_batch_size": args.train_batch_size},
+            "num_train_rows": len(self.trainer.train_dataset),
+            "world_size": args.world_size,
+            "matmul_precision": torch.get_float32_matmul_precision(),
+            "num_threads": torch.get_num_threads(),
+            "environment": describe_environment(),
+            **self.extra,
+        }
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest memory this process has held: allocated on a CUDA device, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

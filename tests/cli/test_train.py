@@ -1,0 +1,134 @@
+"""`psft train` as a person meets it: model folder, demonstrations, run folder; and every kind of bad input."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from psft.cli.main import main
+
+ROW = {
+    "messages": [{"role": "user", "content": "How many clips?"}, {"role": "assistant", "content": "The answer is 3."}]
+}
+
+
+@pytest.fixture
+def demonstrations_path(tmp_path: Path) -> Path:
+    path = tmp_path / "clips.jsonl"
+    path.write_text("".join(json.dumps(ROW) + "\n" for _ in range(12)))
+    return path
+
+
+@pytest.fixture
+def train(tiny_model_path, demonstrations_path, tmp_path):
+    """train(*flags) -> exit code of `psft train` on the tiny model; later flags win."""
+
+    def call(*flags: str) -> int:
+        return main(
+            ["train", "--model_name_or_path", str(tiny_model_path), "--dataset", str(demonstrations_path)]
+            + ["--output_dir", str(tmp_path / "run"), "--max_steps", "4", "--train_batch_size", "4"]
+            + ["--mini_batch_size", "1", "--learning_rate", "1e-2", "--bf16", "false", "--report_to", "none"]
+            + ["--save_strategy", "no", "--disable_tqdm", "true", *flags]
+        )
+
+    return call
+
+
+def test_a_run_learns_and_leaves_everything_in_its_folder(train, demonstrations_path, tmp_path):
+    """Goes red if a file of the run folder is missing, or if the model saved is not the one trained."""
+    assert train("--eval_dataset", f"clips={demonstrations_path}") == 0
+    folder = tmp_path / "run"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    fields = "step window mini_batch epoch tokens loss nll entropy clip_fraction clippable_fraction log_ratio_mean"
+    fields += " log_ratio_abs_max grad_norm learning_rate tokens_per_second peak_memory_bytes"
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and all(set(fields.split()) <= set(row) for row in rows)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["exit_reason"] == "finished" and summary["last"]["clips_nll"] < summary["first"]["clips_nll"]
+    info = json.loads((folder / "run.json").read_text())
+    assert info["config"]["objective"] == "psft" and info["config"]["train_batch_size"] == 4
+    assert info["data_reports"]["train"]["end_token"] == "<|im_end|>"
+    assert (folder / "model.safetensors").exists() and "PSFT" in (folder / "README.md").read_text()
+    again = tmp_path / "again"
+    onward = ["--model_name_or_path", str(folder), "--output_dir", str(again), "--max_steps", "1"]
+    assert train(*onward, "--eval_dataset", f"clips={demonstrations_path}") == 0
+    start = json.loads((again / "summary.json").read_text())["first"]["clips_nll"]
+    assert start == pytest.approx(summary["last"]["clips_nll"], rel=1e-6)
+
+
+def test_a_lora_run_saves_an_adapter(train, tmp_path):
+    assert train("--use_peft") == 0
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def test_command_and_python_give_the_same_losses(train, tmp_path, tiny_model_path, demonstrations_path, tiny_tokenizer):
+    """Goes red if the command changes a default, the order of rows, or the labels."""
+    from psft import PSFTConfig, PSFTTrainer
+    from psft.data import prepare_dataset
+    from psft.models import load_model
+
+    assert train() == 0
+    args = PSFTConfig(
+        output_dir=str(tmp_path / "python"), max_steps=4, train_batch_size=4, mini_batch_size=1, learning_rate=1e-2,
+        bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    data = prepare_dataset(str(demonstrations_path), tokenizer=tiny_tokenizer, max_length=args.max_length)
+    PSFTTrainer(load_model(str(tiny_model_path)), args, None, data.dataset, processing_class=tiny_tokenizer).train()
+    series = [
+        [(row["loss"], row["grad_norm"]) for row in map(json.loads, (tmp_path / name / "metrics.jsonl").open())]
+        for name in ("run", "python")
+    ]
+    assert series[0] == series[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "message"),
+    [
+        (None, ["--dataset", "no_such.jsonl"], "no_such.jsonl"),
+        ("", [], "empty"),
+        ('{"messages": [}\n', [], "clips.jsonl:1"),
+        (json.dumps({"messages": ROW["messages"][:1]}) + "\n", [], "clips.jsonl:1.*user"),
+        (None, ["--max_length", "5"], "max_length"),
+        (None, ["--learing_rate", "1"], "learning_rate"),
+        (None, ["--mini_batch_size", "3"], "does not divide train_batch_size=4"),
+        (None, ["--model_name_or_path", "."], "config.json"),
+        (None, ["--objective", "pfst"], "psft"),
+        (None, ["--dtype", "bfloat16"], "force_pure_bf16"),
+        (None, ["--on_bad_row", "ignore"], "error or skip"),
+        (None, ["--label_smoothing_factor", "0.1"], "label_smoothing_factor"),
+    ],
+)
+def test_bad_input_is_one_clear_error_with_exit_code_2(
+    train, capsys, demonstrations_path, tmp_path, content, flags, message
+):
+    """Goes red if an exception of a library gets through, or if a model is written."""
+    import re
+
+    if content is not None:
+        demonstrations_path.write_text(content)
+    assert train(*flags) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error, re.DOTALL) and "Traceback" not in error
+    assert error.startswith("psft train: error:") or "psft train: error:" in error
+    assert not (tmp_path / "run" / "model.safetensors").exists() and not (tmp_path / "run" / "run.json").exists()
+
+
+def test_an_output_folder_with_a_run_is_not_touched(train, tmp_path, capsys):
+    assert train("--max_steps", "1") == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    assert train() == 2
+    assert "holds another run" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+
+
+def test_a_misspelt_key_of_a_recipe_gets_the_nearest_name(train, tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("epsilon_hihg: 0.2\n")
+    assert main(["train", str(tmp_path / "mine.yaml")]) == 2
+    assert "epsilon_high" in capsys.readouterr().err
+
+
+def test_skipped_rows_are_recorded_with_line_and_reason(train, demonstrations_path, tmp_path):
+    with demonstrations_path.open("a") as file:
+        file.write("not json\n")
+    assert train("--on_bad_row", "skip") == 0
+    (row,) = map(json.loads, (tmp_path / "run" / "rejected.jsonl").open())
+    assert row["line"] == 13 and row["reason"]
