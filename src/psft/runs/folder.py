@@ -1,0 +1,210 @@
+"""Writing and reading the files of one run: lines are written whole and flushed, JSON files appear complete or not."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from psft.errors import RequestError
+
+RUN_FILES = (
+    "run.json",
+    "metrics.jsonl",
+    "probe.jsonl",
+    "clipped_tokens.parquet",
+    "eval.jsonl",
+    "rejected.jsonl",
+    "summary.json",
+)
+"""The files a run owns beside its checkpoints and the model."""
+_MODEL_FILES = re.compile(
+    r"(model|adapter_model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
+    r"|(config|generation_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|vocab|added_tokens)\.json"
+    r"|chat_template\.jinja|merges\.txt|tokenizer\.model|training_args\.bin|README\.md"
+)
+
+
+class RunFolder:
+    """The folder of one run.
+
+    `claim` is called once by whoever starts a run; readers need only the path. One process writes; readers may come at
+    any time and never see half a row.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def __repr__(self) -> str:
+        return f"RunFolder({str(self.path)!r})"
+
+    def holds_run(self) -> bool:
+        """Whether a run was claimed here or has written metrics here."""
+        return any((self.path / name).exists() for name in ("run.json", "metrics.jsonl"))
+
+    def claim(self, overwrite: bool = False) -> None:
+        """Make the folder, ready for a new run.
+
+        With overwrite, what a former run left (its files, checkpoints, model) is removed; any other file is kept.
+
+        Raises:
+            RequestError: the path is a file, cannot be made or written, or holds another run and overwrite is False.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise RequestError(f"output_dir {self.path} is a file. Give a folder, e.g. --output_dir {self.path}-run.")
+        if self.holds_run() and not overwrite:
+            raise RequestError(
+                f"output_dir {self.path} holds another run. Choose another --output_dir, or replace it with"
+                " --overwrite_output_dir."
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            raise RequestError(
+                f"output_dir {self.path} cannot be written: {error.strerror or error}. Choose another --output_dir."
+            ) from error
+        if self.holds_run():
+            self._remove_run()
+
+    def _remove_run(self) -> None:
+        for item in self.path.iterdir():
+            if item.is_dir() and not item.is_symlink():
+                if re.fullmatch(r"checkpoint-\d+", item.name):
+                    shutil.rmtree(item)
+            elif item.name in RUN_FILES or _MODEL_FILES.fullmatch(item.name):
+                item.unlink()
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> Path:
+        """Write a JSON file that is never seen half written (temporary file, then rename). NaN and inf become null."""
+        path = self.path / name
+        text = json.dumps(to_json(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=self.path, prefix=f".{name}.", suffix=".part")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it private; a run is as readable as any other file
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        return path
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Read what `write_json` wrote.
+
+        Raises:
+            RequestError: the file is missing or is no JSON object.
+        """
+        path = self.path / name
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RequestError(f"{path} is missing. Is {self.path} the folder of a psft run?") from None
+        except ValueError as error:
+            raise RequestError(f"{path} is not valid JSON: {error}. Restore the file, or repeat the run.") from error
+        if not isinstance(content, dict):
+            raise RequestError(
+                f"{path} holds {type(content).__name__}, not a JSON object. Restore it, or repeat the run."
+            )
+        return content
+
+    def append(self, name: str, row: Mapping[str, Any]) -> None:
+        """Append one row as one whole line, in a single write. NaN and infinities become null.
+
+        If the file ends in a torn row (a crash), the torn row is cut off first: it was never a row.
+        """
+        line = json.dumps(to_json(row), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        self.path.mkdir(parents=True, exist_ok=True)
+        path = self.path / name
+        _cut_torn_end(path)
+        with open(path, "ab", buffering=0) as file:
+            file.write(line)
+
+    def read_rows(self, name: str) -> list[dict[str, Any]]:
+        """All whole rows of a .jsonl file, none if it is missing. A last line without its newline is torn and left out.
+
+        Raises:
+            RequestError: another line is no JSON object; the message names file and line.
+        """
+        path = self.path / name
+        try:
+            lines = path.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return []
+        rows = []
+        for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is empty or torn
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+                raise RequestError(f"{path}:{number}: not valid JSON ({error}). Repair or remove this line.") from error
+            if not isinstance(row, dict):
+                raise RequestError(f"{path}:{number}: a row must be a JSON object. Repair or remove this line.")
+            rows.append(row)
+        return rows
+
+
+def to_json(value: Any) -> Any:
+    """The value in terms JSON has.
+
+    NaN and infinities become null, enums their value, sets sorted lists, arrays plain numbers; anything else text.
+    """
+    if isinstance(value, Enum):
+        return to_json(value.value)
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key.value if isinstance(key, Enum) else key): to_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted((to_json(item) for item in value), key=str)
+    if hasattr(value, "tolist"):  # numpy and torch, without importing either
+        return to_json(value.tolist())
+    return str(value)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _cut_torn_end(path: Path) -> None:
+    try:
+        with open(path, "rb+") as file:
+            size = file.seek(0, os.SEEK_END)
+            if size == 0:
+                return
+            file.seek(size - 1)
+            if file.read(1) == b"\n":
+                return
+            end = size
+            while end > 0:
+                start = max(0, end - 65536)
+                file.seek(start)
+                newline = file.read(end - start).rfind(b"\n")
+                if newline >= 0:
+                    file.truncate(start + newline + 1)
+                    return
+                end = start
+            file.truncate(0)
+    except FileNotFoundError:
+        return

@@ -1,0 +1,109 @@
+"""What the files of a run folder hold, one TypedDict a file.
+
+Every field may be absent; a number that is NaN or infinite is null.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+
+class MetricsRow(TypedDict, total=False):
+    """One optimizer step, a line of metrics.jsonl. Fractions and means are over its counted tokens, all ranks."""
+
+    step: int
+    """Optimizer step, 1 is the first; warm-up steps count on the same axis."""
+    stage: str
+    """`warmup` (plain SFT before PSFT) or `train`."""
+    window: int
+    """Which window of sequences sharing one old policy, 0 is the first."""
+    mini_batch: int
+    """Position inside the window, 1..K; at 1 the ratio is exactly 1."""
+    epoch: float
+    """Passes over the data, fractional."""
+    tokens: int
+    """Counted target tokens of this step, all ranks."""
+    loss: float | None
+    """What was minimised; for PSFT about -1, so read `nll`."""
+    nll: float | None
+    """Mean negative log-likelihood of the counted tokens, nats."""
+    entropy: float | None
+    """Mean entropy of the policy at the counted tokens, nats."""
+    clip_fraction: float | None
+    """Share of counted tokens whose gradient the clip removed."""
+    clippable_fraction: float | None
+    """Share of counted tokens with old probability below 1 / (1 + epsilon_high): only these can be clipped."""
+    log_ratio_mean: float | None
+    """Mean of logps - old_logps, nats."""
+    log_ratio_abs_max: float | None
+    """Largest |logps - old_logps|, nats."""
+    grad_norm: float | None
+    """Norm of the gradient before clipping."""
+    learning_rate: float
+    """The rate this step used."""
+    tokens_per_second: float | None
+    """Counted target tokens over wall time of the step, old pass included."""
+    peak_memory_bytes: int | None
+    """Largest memory held so far by this process on its device; null where it cannot be told."""
+
+
+class EvalRow(TypedDict, total=False):
+    """One measured value, a line of eval.jsonl."""
+
+    step: int
+    """Optimizer steps done before the measurement; 0 is the untrained model."""
+    benchmark: str
+    """Name of the data set or benchmark."""
+    metric: str
+    """What was measured, e.g. `nll` (nats per token), `entropy` (nats), `accuracy` (0..1)."""
+    k: int | None
+    """Answers per question; null where nothing was sampled."""
+    value: float | None
+    stderr: float | None
+    """Standard error of value, same unit."""
+    n: int
+    """Items measured: rows for a benchmark, tokens for nll and entropy."""
+
+
+class RejectedRow(TypedDict, total=False):
+    """One row of the data that was not used, a line of rejected.jsonl."""
+
+    file: str
+    """The file or data set the row is in."""
+    line: int
+    """Counts from 1: the line of a .jsonl or .csv file, the record's number for every other source."""
+    reason: str
+    """What makes it unusable."""
+    row: str
+    """How the row begins."""
+
+
+class RunInfo(TypedDict, total=False):
+    """run.json: how the run was made."""
+
+    command: list[str]
+    started_at: str
+    """UTC, ISO 8601."""
+    seed: int
+    objective: dict[str, Any]
+    """Its name and settings."""
+    config: dict[str, Any]
+    """Every setting, defaults resolved."""
+    num_train_rows: int
+    world_size: int
+    """Processes that trained together."""
+    environment: dict[str, Any]
+    """What `describe_environment` returns."""
+
+
+class Summary(TypedDict, total=False):
+    """summary.json: how the run went."""
+
+    exit_reason: str
+    """`finished`, `interrupted` or `failed: ...`."""
+    steps: int
+    wall_time_s: float
+    first: dict[str, Any]
+    """First, last and best of the measured values."""
+    last: dict[str, Any]
+    best: dict[str, Any]
