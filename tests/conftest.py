@@ -131,3 +131,19 @@ def tiny_model_path(
     make_tiny_model().save_pretrained(path)
     tiny_tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def demonstrations() -> Any:
+    """32 rows of unequal length, prompt (untrained) and completion (trained), already tokenised."""
+    import torch
+    from datasets import Dataset
+
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for _ in range(32):
+        prompt = int(torch.randint(2, 9, (), generator=generator))
+        length = prompt + int(torch.randint(1, 24, (), generator=generator))
+        ids = torch.randint(3, 400, (length,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return Dataset.from_list(rows)

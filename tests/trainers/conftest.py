@@ -8,22 +8,6 @@ import pytest
 
 
 @pytest.fixture
-def demonstrations() -> Any:
-    """32 rows of unequal length, prompt (untrained) and completion (trained), already tokenised."""
-    import torch
-    from datasets import Dataset
-
-    generator = torch.Generator().manual_seed(1)
-    rows = []
-    for _ in range(32):
-        prompt = int(torch.randint(2, 9, (), generator=generator))
-        length = prompt + int(torch.randint(1, 24, (), generator=generator))
-        ids = torch.randint(3, 400, (length,), generator=generator).tolist()
-        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
-    return Dataset.from_list(rows)
-
-
-@pytest.fixture
 def make_trainer(
     tmp_path: Path, make_tiny_model: Callable[..., Any], tiny_tokenizer: Any, demonstrations: Any
 ) -> Callable[..., Any]:

@@ -194,6 +194,14 @@ def test_warm_up_is_plain_sft_with_its_own_batch_and_rate_then_psft(make_trainer
     assert [r["mini_batch"] for r in rows] == [1, 1, 1, 2, 3, 4]
 
 
+def test_a_run_with_max_steps_reaches_them_although_warm_up_epochs_are_short(make_trainer):
+    """Goes red if the number of epochs is reckoned from an epoch without warm-up: 32 rows, 2 warm-up steps of 16."""
+    trainer = make_trainer(sft_warmup_steps=2, max_steps=9)
+    trainer.train()
+    rows = rows_of(trainer)
+    assert [r["stage"] for r in rows] == ["warmup"] * 2 + ["train"] * 7
+
+
 def test_an_objective_of_the_users_own_is_found_by_import_path(make_trainer, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(
         "def half(logps, completion_mask, *, normalizer):\n"

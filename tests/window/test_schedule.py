@@ -24,6 +24,7 @@ def test_an_epoch_covers_every_row_once_in_whole_mini_batches(rows, minis, mini,
     assert [s.window for s in both] == sorted(s.window for s in both)
     assert schedule.num_steps(2) == len(both) and schedule.num_steps(0.5) == -(-len(first) // 2)
     assert schedule.max_steps_per_epoch >= max(len(first), len(second))
+    assert schedule.num_epochs(len(first)) == 1 and schedule.num_epochs(len(first) + 1) == 2
 
 
 def test_openr1_math_has_178_windows_of_256():

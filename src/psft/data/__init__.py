@@ -1,6 +1,6 @@
 """Demonstrations in, token ids with a loss mask out: reading, recognising, checking, rendering, micro-batching."""
 
-from psft.data.demonstrations import final_answer
+from psft.data.demonstrations import final_answer, last_number
 from psft.data.prepare import DataReport, Prepared, prepare_dataset, render_example
 
-__all__ = ["DataReport", "Prepared", "final_answer", "prepare_dataset", "render_example"]
+__all__ = ["DataReport", "Prepared", "final_answer", "last_number", "prepare_dataset", "render_example"]

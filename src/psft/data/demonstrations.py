@@ -32,6 +32,16 @@ def final_answer(text: str) -> str | None:
     return _plain_number(number.group())
 
 
+def last_number(text: str) -> str | None:
+    """The last number of a text, spelt as `final_answer` spells it. None if there is none.
+
+    >>> last_number("4 + 8 = 12 clips, so the answer is 12.")
+    '12'
+    """
+    numbers = _NUMBER.findall(text)
+    return _plain_number(numbers[-1]) if numbers else None
+
+
 def _plain_number(text: str) -> str:
     text = text.replace(",", "").lstrip("+")
     if "." in text:

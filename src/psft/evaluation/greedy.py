@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from psft.data import final_answer
+from psft.data import final_answer, last_number
 from psft.ops.precision import exact_small_products
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GreedyAnswers:
-    """num_correct of num_problems had the gold number after their last `####`; num_truncated hit the token limit."""
+    """num_correct of num_problems ended in the gold number; num_truncated ran into the token limit."""
 
     num_problems: int
     num_correct: int
@@ -44,7 +44,9 @@ def greedy_answers(
     batch_size: int = 16,
     description: str = "greedy answers",
 ) -> GreedyAnswers:
-    """Answer each conversation's last user turn greedily and compare with the number its own answer ends in.
+    """Answer each conversation's last user turn greedily and compare the last number written with the gold one.
+
+    Any last number counts, so that a model which solves the problem in another form than `#### NUMBER` is credited.
 
     Args:
         conversations: messages ending with an assistant turn that holds `#### NUMBER`; that turn is the gold answer.
@@ -65,7 +67,7 @@ def greedy_answers(
             generated = _generate(model, tokenizer, inputs, max_new_tokens)[:, inputs["input_ids"].shape[1] :]
             for i, tokens in zip(rows, generated, strict=True):
                 answer = str(tokenizer.decode(tokens, skip_special_tokens=True))
-                num_correct += final_answer(answer) == problems[i][1]
+                num_correct += last_number(answer) == problems[i][1]
                 num_truncated += len(tokens) == max_new_tokens and tokenizer.eos_token_id not in tokens.tolist()
     finally:
         model.train(was_training)

@@ -200,8 +200,11 @@ class PSFTTrainer(SFTTrainer):
 
     def set_initial_training_values(self, args: Any, dataloader: DataLoader[Any]) -> tuple[Any, ...]:
         values = list(super().set_initial_training_values(args, dataloader))
+        # Exact also where warm-up steps, larger than mini-batches, make the first epochs shorter.
         if args.max_steps < 0:
-            values[-1] = self.schedule().num_steps(args.num_train_epochs)  # exact also when warm-up steps are larger
+            values[-1] = self.schedule().num_steps(args.num_train_epochs)
+        else:
+            values[0] = self.schedule().num_epochs(args.max_steps)
         return tuple(values)
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:

@@ -122,6 +122,15 @@ class Schedule:
             left -= part
         raise AssertionError("epochs() does not end")
 
+    def num_epochs(self, num_steps: int) -> int:
+        """Epochs, begun ones included, that `num_steps` optimizer steps take."""
+        left = num_steps
+        for number, steps in enumerate(self.epochs(), start=1):
+            left -= len(steps)
+            if left <= 0:
+                return number
+        raise AssertionError("epochs() does not end")
+
     @property
     def max_steps_per_epoch(self) -> int:
         """The most steps any epoch has: those without warm-up, or those of the first if warm-up steps are smaller."""
