@@ -34,6 +34,6 @@ def test_a_batch_of_unequal_prompts_is_answered_as_each_alone_and_graded_against
     ]
     expected = sum(answer is not None for answer in answers)
     result = greedy_answers(tiny_model, tiny_tokenizer, conversations, max_new_tokens=12)
-    assert (result.num_problems, result.num_correct) == (3, expected)
+    assert (result.num_problems, result.num_correct, result.num_in_form) == (3, expected, 0)
     wrong = [[c[0], {"role": "assistant", "content": "#### 123456"}] for c in conversations]
     assert greedy_answers(tiny_model, tiny_tokenizer, wrong, max_new_tokens=12).num_correct == 0

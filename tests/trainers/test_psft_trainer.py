@@ -244,6 +244,11 @@ def test_what_cannot_be_combined_is_refused_by_name(make_trainer, settings, mess
         make_trainer(**settings)
 
 
+def test_a_streaming_data_set_is_refused(make_trainer, demonstrations):
+    with pytest.raises(RequestError, match="streaming"):
+        make_trainer(train_dataset=demonstrations.to_iterable_dataset())
+
+
 def test_all_problems_of_a_configuration_come_together(tmp_path):
     with pytest.raises(RequestError, match="(?s)epsilon_high.*label_smoothing_factor"):
         PSFTConfig(

@@ -36,9 +36,8 @@ def run(argv: list[str]) -> int:
             max_new_tokens=MAX_NEW_TOKENS,
             description=f"answers {when}",
         )
-        trainer.recorder.measured(
-            "heldout", "greedy_accuracy", answers.accuracy, answers.stderr, answers.num_problems, k=1
-        )
+        for metric, share in (("greedy_accuracy", answers.accuracy), ("answer_form", answers.form_share)):
+            trainer.recorder.measured("heldout", metric, share, answers.stderr(share), answers.num_problems, k=1)
         return answers
 
     measure("before")
@@ -59,6 +58,7 @@ def _table(summary: dict[str, Any], num_problems: int) -> str:
         ("held-out NLL (nats/token)", "heldout_nll", "{:.3f}"),
         ("held-out entropy (nats/token)", "heldout_entropy", "{:.3f}"),
         ("clip fraction (first, last step)", "clip_fraction", "{:.2%}"),
+        ("answers in the taught form (#### NUMBER)", "heldout_answer_form", "{:.1%}"),
         (f"greedy accuracy ({num_problems} held-out problems)", "heldout_greedy_accuracy", "{:.1%}"),
     ]
     lines = [f"\n{'':44}{'before':>9}{'after':>9}"]

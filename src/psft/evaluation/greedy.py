@@ -19,20 +19,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GreedyAnswers:
-    """num_correct of num_problems ended in the gold number; num_truncated ran into the token limit."""
+    """num_correct of num_problems ended in the gold number; num_truncated ran into the token limit.
+
+    num_in_form: answers that give their result as the demonstrations do, `#### NUMBER`, right or wrong.
+    """
 
     num_problems: int
     num_correct: int
     num_truncated: int
+    num_in_form: int
 
     @property
     def accuracy(self) -> float:
         return self.num_correct / self.num_problems
 
     @property
-    def stderr(self) -> float:
-        """Standard error of the accuracy, sqrt(p (1 - p) / n)."""
-        return (self.accuracy * (1 - self.accuracy) / self.num_problems) ** 0.5
+    def form_share(self) -> float:
+        return self.num_in_form / self.num_problems
+
+    def stderr(self, share: float) -> float:
+        """Standard error of a share p of the problems, sqrt(p (1 - p) / n)."""
+        return (share * (1 - share) / self.num_problems) ** 0.5
 
 
 def greedy_answers(
@@ -55,7 +62,7 @@ def greedy_answers(
     problems = [(messages[:-1], final_answer(messages[-1]["content"])) for messages in conversations]
     prompts = [tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p, _ in problems]
     order = sorted(range(len(problems)), key=lambda i: len(prompts[i]))  # little padding
-    num_correct = num_truncated = 0
+    num_correct = num_truncated = num_in_form = 0
     was_training, side = model.training, tokenizer.padding_side
     model.eval()
     tokenizer.padding_side = "left"
@@ -68,11 +75,12 @@ def greedy_answers(
             for i, tokens in zip(rows, generated, strict=True):
                 answer = str(tokenizer.decode(tokens, skip_special_tokens=True))
                 num_correct += last_number(answer) == problems[i][1]
+                num_in_form += final_answer(answer) is not None
                 num_truncated += len(tokens) == max_new_tokens and tokenizer.eos_token_id not in tokens.tolist()
     finally:
         model.train(was_training)
         tokenizer.padding_side = side
-    return GreedyAnswers(len(problems), num_correct, num_truncated)
+    return GreedyAnswers(len(problems), num_correct, num_truncated, num_in_form)
 
 
 def _generate(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, seed_worker
 from trl import SFTTrainer
 
@@ -25,10 +24,15 @@ from psft.trainers.head import ScoredTokens, add_token_scoring
 from psft.trainers.loader import WindowLoader, WindowSampler
 from psft.trainers.psft_config import PSFTConfig
 from psft.trainers.recording import RunRecorder
+from psft.trainers.safeguards import (
+    announce_plain_sft,
+    check_passes_agree,
+    refuse_model,
+    refuse_request,
+    switch_dropout_off,
+)
 from psft.trainers.telemetry import StepTelemetry
 from psft.window import Schedule, Step, Window
-
-logger = logging.getLogger(__name__)
 
 
 class PSFTTrainer(SFTTrainer):
@@ -73,88 +77,20 @@ class PSFTTrainer(SFTTrainer):
         **kwargs: Any,
     ) -> None:
         args = PSFTConfig() if args is None else args
-        if not isinstance(args, PSFTConfig):
-            raise RequestError(
-                f"args is a {type(args).__name__}; PSFTTrainer needs a psft.PSFTConfig (same fields and more)."
-            )
-        if kwargs.get("compute_loss_func") is not None:
-            raise RequestError(
-                "compute_loss_func bypasses the objective. Give objective='module:function' in PSFTConfig."
-            )
-        if isinstance(train_dataset, IterableDataset) or type(train_dataset).__name__ == "IterableDataset":
-            raise RequestError(
-                "a streaming train_dataset has no known length, so its windows cannot be laid out. "
-                "Load it without streaming=True (e.g. datasets.Dataset.from_generator)."
-            )
+        refuse_request(args, train_dataset, kwargs.get("compute_loss_func"))
         self.objective = resolve_objective(args.objective, {"epsilon_high": args.epsilon_high})
         super().__init__(model, args, data_collator, train_dataset, *positional, **kwargs)
-        self._check_model()
+        refuse_model(self.model, args, has_router_loss=self.aux_loss_enabled)
         add_token_scoring(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         if self.objective.needs_old_logps:
-            self._switch_dropout_off()
+            switch_dropout_off(self.model)
+            announce_plain_sft(args)
         self.recorder = RunRecorder(self)
         self._window: Window | None = None
         self._current_step: Step | None = None
         self._epoch_steps: deque[Step] = deque()
         self._probe_logps: Tensor | None = None
         self._is_pass_checked = False
-        self._announce_plain_sft()
-
-    # ---- what is refused or announced before training ----
-
-    def _check_model(self) -> None:
-        if self.args.n_gpu > 1:
-            raise RequestError(
-                "several GPUs in one process are not supported. Use `accelerate launch` or one visible GPU."
-            )
-        if self.aux_loss_enabled:
-            raise RequestError(
-                "this model adds a router auxiliary loss, which has no place in the clipped objective yet. "
-                "Set router_aux_loss_coef=0."
-            )
-        if is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
-            raise RequestError("prompt-learning adapters change the sequence. Use a LoRA-like adapter.")
-        low = {
-            p.dtype for p in self.model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)
-        }
-        is_quantized = getattr(self.model, "is_loaded_in_4bit", False) or getattr(
-            self.model, "is_loaded_in_8bit", False
-        )
-        if low and not is_quantized and not self.args.force_pure_bf16:
-            raise RequestError(
-                f"trainable weights are {', '.join(sorted(str(d).removeprefix('torch.') for d in low))}: an "
-                f"update at learning_rate={self.args.learning_rate:g} is rounded away and nothing is learnt. "
-                "Load the model in float32 (bf16=True still computes in bfloat16), or set force_pure_bf16=true."
-            )
-
-    def _switch_dropout_off(self) -> None:
-        """Dropout would draw different masks in the two passes and make the ratio noise."""
-        active = set()
-        for name, module in self.model.named_modules():
-            if isinstance(module, nn.Dropout) and module.p > 0:
-                module.p = 0.0
-                active.add(name.rsplit(".", 1)[-1] or "dropout")
-            for attribute in ("dropout", "attention_dropout", "attn_pdrop", "hidden_dropout"):
-                value = getattr(module, attribute, None)
-                if isinstance(value, float) and value > 0:
-                    setattr(module, attribute, 0.0)
-                    active.add(attribute)
-        if active:
-            logger.warning(
-                "dropout is off during PSFT, as in DPO and GRPO; the model had: %s.", ", ".join(sorted(active))
-            )
-
-    def _announce_plain_sft(self) -> None:
-        if not self.objective.needs_old_logps:
-            return
-        if self.args.mini_batch_size == self.args.train_batch_size:
-            logger.warning(
-                "mini_batch_size equals train_batch_size=%d: every ratio is 1 and nothing is ever clipped. "
-                "This is plain SFT. For PSFT make mini_batch_size smaller, e.g. train_batch_size / 8.",
-                self.args.train_batch_size,
-            )  # fmt: skip
-
-    # ---- rows ----
 
     def schedule(self) -> Schedule:
         """Every optimizer step of this run."""
@@ -222,8 +158,6 @@ class PSFTTrainer(SFTTrainer):
             return super().floating_point_ops(inputs)
         return 6 * num_tokens * self.model.num_parameters(exclude_embeddings=True)
 
-    # ---- the window ----
-
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         loader = kwargs["train_dataloader"]
         loader.set_epoch(kwargs["epoch"])
@@ -274,8 +208,6 @@ class PSFTTrainer(SFTTrainer):
         with self.compute_loss_context_manager():
             return model(**self._prepare_inputs(micro_batch), score_tokens=True)
 
-    # ---- one optimizer step ----
-
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward, objective and backward over the micro-batches of one mini-batch. Returns the step's loss."""
         assert self._window is not None
@@ -299,7 +231,8 @@ class PSFTTrainer(SFTTrainer):
     ) -> Tensor:
         assert self._current_step is not None
         if self._probe_logps is not None:
-            self._check_passes_agree(self._probe_logps, scored)
+            check_passes_agree(self._probe_logps, scored, self.model, allow_noise=self.args.allow_ratio_noise)
+            self._probe_logps, self._is_pass_checked = None, True
         if self._current_step.is_warmup:
             old_logps, output = None, sft_loss(scored.logps, scored.mask, normalizer=normalizer)
         else:
@@ -311,30 +244,6 @@ class PSFTTrainer(SFTTrainer):
         telemetry.add(scored, old_logps, output.metrics)
         return output.loss * self.args.world_size  # DDP and FSDP average gradients over ranks; the sum is meant
 
-    def _check_passes_agree(self, old_pass: Tensor, scored: ScoredTokens) -> None:
-        """Compare one micro-batch scored by both passes at equal weights: bit-equal, or the ratio starts as noise."""
-        self._probe_logps, self._is_pass_checked = None, True
-        training_pass = scored.logps.detach()
-        if torch.equal(old_pass, training_pass):
-            return
-        noise = (old_pass - training_pass).abs()[scored.mask]
-        dropout = [
-            name for name, m in self.model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0 and m.training
-        ]
-        cause = (
-            f"dropout is active ({dropout[0]})"
-            if dropout
-            else "a layer that depends on training mode or on gradients being on, a kernel that is not deterministic, "
-            "or a compiled graph that differs with and without gradients"
-        )
-        message = (
-            "the old pass and the training pass disagree at equal weights: log-probs differ by "
-            f"{noise.mean().item():.2e} nats on average, {noise.max().item():.2e} at most. Likely cause: {cause}."
-        )
-        if not self.args.allow_ratio_noise:
-            raise RequestError(f"{message} Remove the cause, or accept the noise with allow_ratio_noise=true.")
-        logger.warning("%s Going on, as allow_ratio_noise asks.", message)
-
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -345,8 +254,6 @@ class PSFTTrainer(SFTTrainer):
             return loss
         with torch.no_grad():
             return loss, model(**{k: v for k, v in inputs.items() if k != "labels"})
-
-    # ---- learning rate ----
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The scheduler of transformers, with `sft_warmup_learning_rate` as its peak during the plain-SFT stage."""
@@ -368,8 +275,6 @@ class PSFTTrainer(SFTTrainer):
                 group["lr"] = base * rate(scheduler.last_epoch)
             scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
         return scheduler
-
-    # ---- evaluation and records ----
 
     def evaluation_loop(
         self,
