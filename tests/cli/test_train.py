@@ -93,7 +93,7 @@ def test_command_and_python_give_the_same_losses(train, tmp_path, tiny_model_pat
         (None, ["--model_name_or_path", "."], "config.json"),
         (None, ["--objective", "pfst"], "psft"),
         (None, ["--dtype", "bfloat16"], "force_pure_bf16"),
-        (None, ["--on_bad_row", "ignore"], "error or skip"),
+        (None, ["--on_bad_row", "ignore"], "one of error, skip"),
         (None, ["--label_smoothing_factor", "0.1"], "label_smoothing_factor"),
     ],
 )

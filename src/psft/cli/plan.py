@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,16 +91,12 @@ def run(argv: list[str]) -> int:
 
 
 def _settings(kind: type, given: dict[str, Any]) -> Any:
-    """The trainer's own settings, filled in and checked as `psft train` does, also for a GPU this machine lacks."""
-    import torch
-
+    """The trainer's own settings, filled in and checked as `psft train` does."""
     from psft.errors import RequestError
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            return kind(**{"use_cpu": not torch.accelerator.is_available(), **given})
+        return kind(**given)
     except RequestError:
         raise
     except (ValueError, TypeError) as error:

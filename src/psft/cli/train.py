@@ -64,8 +64,6 @@ def read_request(argv: Sequence[str], *, command: str) -> Request:
     if not name or not dataset:
         missing = [f"--{n} is missing" for n, v in (("model_name_or_path", name), ("dataset", dataset)) if not v]
         raise RequestError("; ".join(missing) + f". Give both, or a recipe: psft {command} quickstart.")
-    if data.on_bad_row not in ("error", "skip"):
-        raise RequestError(f"on_bad_row='{data.on_bad_row}' is not known. Use error or skip.")
     settings = per_section[PSFTConfig]
     settings.setdefault("output_dir", f"runs/{Path(name).name}-{settings.get('objective', 'psft').replace(':', '-')}")
     if data.eval_dataset:
