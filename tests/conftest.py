@@ -10,7 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("psft", deadline=None)  # machines that run tests are shared: time says nothing
+hypothesis.settings.load_profile("psft")
 
 for _name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ.setdefault(_name, "1")  # a test that reaches for the network fails at once instead of waiting for it
@@ -91,7 +95,7 @@ def make_tiny_model(tiny_tokenizer: Any) -> Callable[..., Any]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # tiny products: a second thread only waits, and on a shared machine for long
 
     def make(seed: int = 0, **overrides: Any) -> Any:
         settings: dict[str, Any] = {
@@ -147,3 +151,34 @@ def demonstrations() -> Any:
         ids = torch.randint(3, 400, (length,), generator=generator).tolist()
         rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
     return Dataset.from_list(rows)
+
+
+@pytest.fixture
+def make_trainer(
+    tmp_path: Path, make_tiny_model: Callable[..., Any], tiny_tokenizer: Any, demonstrations: Any
+) -> Callable[..., Any]:
+    """make_trainer(name="run", model=None, eval_dataset=None, **settings) -> PSFTTrainer, tiny, float32, CPU."""
+
+    def make(name: str = "run", model: Any = None, train_dataset: Any = None, **settings: Any) -> Any:
+        from psft import PSFTConfig, PSFTTrainer
+
+        trainer_arguments = {
+            key: settings.pop(key)
+            for key in ("eval_dataset", "peft_config", "callbacks", "compute_loss_func", "ref_model")
+            if key in settings
+        }
+        defaults = {
+            "output_dir": str(tmp_path / name), "train_batch_size": 16, "mini_batch_size": 4, "learning_rate": 1e-2,
+            "lr_scheduler_type": "constant", "max_steps": 8, "bf16": False, "gradient_checkpointing": False,
+            "report_to": "none", "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "seed": 3,
+            "max_tokens_per_micro_batch": 64,
+        }  # fmt: skip
+        return PSFTTrainer(
+            model=make_tiny_model() if model is None else model,
+            args=PSFTConfig(**{**defaults, **settings}),
+            train_dataset=demonstrations if train_dataset is None else train_dataset,
+            processing_class=tiny_tokenizer,
+            **trainer_arguments,
+        )
+
+    return make

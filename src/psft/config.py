@@ -6,7 +6,7 @@ model come from. YAML keys, flags and Python arguments all spell these names.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 
@@ -59,11 +59,72 @@ class ModelArguments:
 
 
 @dataclass(kw_only=True)
-class PSFTFields:
+class ObjectiveFields:
+    """Settings of the objectives. None = the objective's own default; one it does not take is refused."""
+
+    epsilon_high: float | None = _setting(
+        None, "psft: the ratio is clipped at 1 + epsilon_high; inf switches clipping off. Default 0.28."
+    )
+    tv_delta: float | None = _setting(
+        None, "psft_tv: a token gives no gradient once its probability has grown by more than this. Default 0.2."
+    )
+    soft_form: str | None = _setting(None, "psft_soft: sapo (sigmoid, default) or pspo (smoothed probabilities).")
+    soft_temperature: float | None = _setting(None, "psft_soft sapo: steepness of the soft clip. Default 1.")
+    soft_alpha: float | None = _setting(None, "psft_soft pspo: share of the old policy mixed in. Default 0.1.")
+    kl_coef: float | None = _setting(
+        None, "sft_kl, asft: weight of the KL to the frozen reference. Default 0.5 (sft_kl), 0.1 (asft)."
+    )
+    kl_direction: str | None = _setting(
+        None, "sft_kl, asft: forward = KL(reference || policy), the default; reverse = KL(policy || reference)."
+    )
+    kl_estimator: str | None = _setting(
+        None, "sft_kl: full = exact over the vocabulary (default), or k1, k2, k3 on the target token alone."
+    )
+    iw_level: str | None = _setting(None, "iw_sft: one importance weight a sequence (default) or a token.")
+    iw_temperature: float | None = _setting(None, "iw_sft sequence: factor on the mean log-ratio. Default 1.")
+    gem_beta: float | None = _setting(None, "gem: temperature of the model's own distribution. Default 0.7.")
+    gem_weighting: str | None = _setting(None, "gem: linear (default) or logsigmoid.")
+    eaft_top_k: int | None = _setting(None, "eaft: how many logits the entropy is taken over. Default 20.")
+    eaft_alpha: float | None = _setting(None, "eaft: exponent of the entropy weight. Default 1.")
+    eaft_scaling: str | None = _setting(
+        None, "eaft: entropy divided by ln(eaft_top_k) (paper, default), by 3 (llama_factory), by nothing (axolotl)."
+    )
+
+
+@dataclass(kw_only=True)
+class PSFTFields(ObjectiveFields):
     """What PSFT adds to `trl.SFTConfig`. Batch sizes count sequences over all ranks."""
 
-    objective: str = _setting("psft", "Registered objective (psft, sft) or an import path module:function.")
-    epsilon_high: float = _setting(0.28, "The ratio is clipped at 1 + epsilon_high; inf switches clipping off.")
+    objective: str = _setting(
+        "psft",
+        "psft, psft_tv, psft_soft, sft, sft_kl, dft, iw_sft, gem, asft, eaft, chord_phi, or your own module:function.",
+    )
+    objective_settings: dict[str, Any] | None = _setting(
+        None, "Settings of an objective of your own, by its parameters' names: scale=2,form=linear."
+    )
+    loss_aggregation: str = _setting(
+        "token_mean_global",
+        "token_mean_global divides by the tokens of the whole step; micro_batch_token_mean averages micro-batches as "
+        "verl 0.5 does, to compare with the authors' runs: the result then depends on how a step is cut.",
+    )
+    ref_model_name_or_path: str | None = _setting(
+        None, "Frozen reference of sft_kl, iw_sft and asft. Default: the model as it is before training."
+    )
+    ref_model_revision: str = _setting("main", "Revision of a reference from the hub.")
+    ref_cache_dir: str | None = _setting(
+        None, "Where the reference's log-probs of the training tokens are kept. Default: psft's cache."
+    )
+    target_clip_fraction: float | None = _setting(
+        None, "Adapt the trust region until this share of tokens (mini-batches 2..K of a window) is clipped."
+    )
+    target_drift: float | None = _setting(
+        None, "Adapt the trust region until |log ratio| over mini-batches 2..K averages this, in nats."
+    )
+    controller_adjusts: str | None = _setting(
+        None,
+        "What the controller moves: epsilon (the bound; default for target_clip_fraction) or window (mini-batches that "
+        "share an old policy; default for target_drift).",
+    )
     train_batch_size: int | None = _setting(None, "Window: sequences that share one old policy. Default 256.")
     mini_batch_size: int | None = _setting(None, "Sequences of one optimizer step. Default 32.")
     max_tokens_per_micro_batch: int | str = _setting(
@@ -72,6 +133,13 @@ class PSFTFields:
     sft_warmup_steps: int = _setting(0, "Optimizer steps of plain SFT before PSFT starts, on the same step axis.")
     sft_warmup_mini_batch_size: int | None = _setting(None, "Mini-batch of the warm-up. Default: train_batch_size.")
     sft_warmup_learning_rate: float | None = _setting(None, "Learning rate of the warm-up. Default: learning_rate.")
+    sft_warmup_optimizer_state: str | None = _setting(
+        None, "After the warm-up keep the optimizer's moments (default) or reset them."
+    )
     force_pure_bf16: bool = _setting(False, "Allow bfloat16 weights although updates at lr 1e-6 vanish in them.")
     allow_ratio_noise: bool = _setting(False, "Warn instead of stop when old pass and training pass differ.")
     overwrite_output_dir: bool = _setting(False, "Replace the run that output_dir holds.")
+
+
+OBJECTIVE_SETTINGS = tuple(item.name for item in fields(ObjectiveFields))
+"""Names of the settings that belong to objectives, each to some of them."""

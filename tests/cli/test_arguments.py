@@ -136,6 +136,26 @@ def test_a_named_recipe_comes_from_the_loader():
     assert given == {"title": "quick", "learning_rate": 1e-6}
 
 
+def test_a_recipe_is_reconciled_with_the_flags():
+    """Goes red if it is asked without a recipe or with unread values, or if it can touch a flag."""
+    asked = []
+
+    def reconcile(recipe: str, of_recipe: dict[str, Any], of_flags: dict[str, Any]) -> dict[str, Any]:
+        asked.append((recipe, dict(of_recipe), dict(of_flags)))
+        return {"title": "kept"}
+
+    how: dict[str, Any] = {
+        "load_recipe": lambda name: {"learning_rate": "1e-6", "max_steps": 2},
+        "reconcile": reconcile,
+    }
+    assert parse("quick", "--max_steps", "3", **how)[Options] == {"title": "kept", "max_steps": 3}
+    assert asked == [("quick", {"learning_rate": 1e-6, "max_steps": 2}, {"max_steps": 3})]
+    assert parse("--max_steps", "3", **how)[Options] == {"max_steps": 3} and len(asked) == 1
+    with pytest.raises(RequestError):
+        parse("quick", "--max_stpes", "3", **how)
+    assert len(asked) == 1
+
+
 def test_a_setting_belongs_to_the_first_section_that_has_it():
     """Goes red if later sections win, or if a section without settings is left out."""
     assert parse("--max_steps", "3") == {Options: {"max_steps": 3}, More: {}}
@@ -254,6 +274,7 @@ def test_every_psft_setting_can_be_given_as_a_flag():
     """Goes red if a field of psft.config gets a type the command line cannot read."""
     sections = (PSFTFields, DataArguments, ModelArguments)
     samples = {bool: "true", int: "3", float: "0.5", str: "word", list[str]: "a,b", dict[str, str]: "a=b"}
+    samples |= {dict[str, Any]: "a=2.5,b=linear"}
     for name, setting in collect_settings(sections).items():
         texts = [text for kind, text in samples.items() if kind in _members(setting.hint)]
         assert texts, f"{name}: {setting.hint}"

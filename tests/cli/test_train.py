@@ -55,6 +55,13 @@ def test_a_run_learns_and_leaves_everything_in_its_folder(train, demonstrations_
     assert start == pytest.approx(summary["last"]["clips_nll"], rel=1e-6)
 
 
+def test_a_run_that_diverges_still_reports(train, capsys, tmp_path):
+    """Goes red if a loss that is no number, null in summary.json, is formatted as one."""
+    assert train("--learning_rate", "1e30", "--max_grad_norm", "0") == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["last"]["nll"] is None
+    assert "not finite" in capsys.readouterr().out
+
+
 def test_a_lora_run_saves_an_adapter(train, tmp_path):
     assert train("--use_peft") == 0
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()

@@ -27,7 +27,7 @@ def test_the_example_uses_nothing_that_trl_does_not_have():
 def test_the_constructor_takes_what_trl_takes_in_the_same_order():
     """Goes red if an argument of TRL's constructor is swallowed or moved."""
     theirs = list(inspect.signature(trl.SFTTrainer.__init__).parameters)
-    ours = list(inspect.signature(psft.PSFTTrainer.__init__).parameters)
-    named = [name for name in ours if name not in ("positional", "kwargs")]
+    ours = inspect.signature(psft.PSFTTrainer.__init__).parameters
+    named = [name for name, parameter in ours.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
     assert named == theirs[: len(named)]
     assert {field.name for field in fields(trl.SFTConfig)} <= {field.name for field in fields(psft.PSFTConfig)}

@@ -15,6 +15,7 @@ from psft.models.estimate import (
     fewest_devices,
     flops_per_token,
     lora_parameters,
+    seconds_of_forward,
     seconds_per_step,
 )
 
@@ -38,6 +39,21 @@ def test_operations_follow_the_formula() -> None:
     device = Device("d", 1, peak_tflops=1.0, utilisation=0.5, note="")
     seconds = seconds_per_step(QWEN, device, tokens_per_step=100, num_mini_batches=1, gradient_checkpointing=False)
     assert seconds == pytest.approx(100 * 6 * n / 0.5e12)
+
+
+def test_a_reference_costs_its_copy_and_a_forward_pass() -> None:
+    """Goes red if the copy gets gradients or moments, is not sharded, or its pass is counted as one with a backward."""
+    n = QWEN.num_matmul_parameters
+    plain = estimate_memory(QWEN, micro_batch_tokens=512)
+    copied = estimate_memory(QWEN, micro_batch_tokens=512, reference_parameters=1000, has_reference_logits=True)
+    assert copied.states - plain.states == 4 * 1000
+    assert copied.head - plain.head == 256 * QWEN.vocab_size * 8 and copied.activations == plain.activations
+    half = estimate_memory(QWEN, micro_batch_tokens=512, reference_parameters=1000, pure_bf16=True)
+    assert half.reference == 2 * 1000
+    each = flops_per_token(QWEN, num_mini_batches=1, gradient_checkpointing=False, reference_matmul_parameters=n)
+    assert each == 8 * n
+    device = Device("d", 1, peak_tflops=1.0, utilisation=0.5, note="")
+    assert seconds_of_forward(n, device, num_tokens=100) == pytest.approx(100 * 2 * n / 0.5e12)
 
 
 def test_sharding_needs_the_fewest_devices_that_fit() -> None:

@@ -73,6 +73,15 @@ def test_no_row_at_all_keeps_the_graph_and_gives_zero_gradients():
     assert weight.grad is not None and not weight.grad.any()
 
 
+def test_huge_logits_stay_finite():
+    """Logits of +-1000: exp overflows at 89 in float32. Goes red if a softmax forgets to subtract its maximum."""
+    hidden = torch.tensor([[1000.0, -1000.0, 999.0]], requires_grad=True)
+    out = token_statistics(hidden, torch.eye(3), torch.tensor([1]))
+    assert out.logps.item() == pytest.approx(-2000.0, abs=1) and 0 <= out.entropies.item() < 1
+    (out.logps + out.entropies).sum().backward()
+    assert torch.isfinite(hidden.grad).all()
+
+
 def test_wrong_shapes_are_named():
     with pytest.raises(ValueError, match=r"labels \(N,\)"):
         token_statistics(torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(2, dtype=torch.long))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from psft.errors import RequestError
 
 PAPER = [
     "align-qwen3-4b-psft", "align-qwen3-4b-psft-prolong", "align-qwen3-4b-sft", "math-llama3.1-8b-psft",
-    "math-llama3.1-8b-psft-warmup", "math-llama3.1-8b-sft", "math-qwen2.5-7b-psft", "math-qwen2.5-7b-psft-warmup",
-    "math-qwen2.5-7b-sft",
+    "math-llama3.1-8b-psft-warmup", "math-llama3.1-8b-sft", "math-llama3.1-8b-sft-kl", "math-qwen2.5-7b-psft",
+    "math-qwen2.5-7b-psft-noclip", "math-qwen2.5-7b-psft-warmup", "math-qwen2.5-7b-sft", "math-qwen2.5-7b-sft-kl",
+    "math-qwen2.5-7b-sft-matched",
 ]  # fmt: skip
 
 
@@ -26,16 +28,34 @@ def test_every_setting_of_the_paper_has_a_recipe() -> None:
 def test_the_values_are_those_of_tables_6_and_8(name: str) -> None:
     """Goes red if a batch size, learning rate, clip, cut-off or number of epochs leaves the tables."""
     recipe = recipes.load_recipe(name)
-    is_sft = name.endswith("-sft")
-    assert recipe["objective"] == ("sft" if is_sft else "psft")
-    assert (recipe["train_batch_size"], recipe["mini_batch_size"]) == (256, 256 if is_sft else 32)
-    assert recipe["learning_rate"] == (2e-5 if is_sft else 1e-6)
-    assert recipe.get("epsilon_high") == (None if is_sft else 0.28)
+    kind = name.split("b-", 1)[1]
+    has_sft_rates = kind in ("sft", "sft-kl")
+    assert recipe["objective"] == {"sft": "sft", "sft-matched": "sft", "sft-kl": "sft_kl"}.get(kind, "psft")
+    assert (recipe["train_batch_size"], recipe["mini_batch_size"]) == (256, 256 if has_sft_rates else 32)
+    assert recipe["learning_rate"] == (2e-5 if has_sft_rates else 1e-6)
+    clip = None if kind.startswith("sft") else math.inf if kind == "psft-noclip" else 0.28
+    assert recipe.get("epsilon_high") == clip
+    assert recipe.get("kl_coef") == (0.5 if kind == "sft-kl" else None)
     assert recipe["weight_decay"] == 0.1
     assert recipe["max_length"] == (10240 if name.startswith("math") else 6144)
     assert recipe["num_train_epochs"] == (10 if name.startswith("math") or name.endswith("prolong") else 5)
     assert recipe.get("sft_warmup_steps", 0) == (200 if name.endswith("warmup") else 0)
     assert recipes.known_dataset(recipe["dataset"], recipe.get("dataset_split", "train")) is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "changed"),
+    [
+        ("math-qwen2.5-7b-sft-kl", "math-qwen2.5-7b-sft", {"objective", "kl_coef", "kl_direction", "kl_estimator"}),
+        ("math-llama3.1-8b-sft-kl", "math-llama3.1-8b-sft", {"objective", "kl_coef", "kl_direction", "kl_estimator"}),
+        ("math-qwen2.5-7b-sft-matched", "math-qwen2.5-7b-psft", {"objective", "epsilon_high"}),
+        ("math-qwen2.5-7b-psft-noclip", "math-qwen2.5-7b-psft", {"epsilon_high"}),
+    ],
+)
+def test_a_control_differs_from_its_base_in_the_objective_alone(name: str, base: str, changed: set[str]) -> None:
+    """Goes red if a control changes anything else: seed, data, batch sizes, schedule."""
+    one, other = recipes.load_recipe(name), recipes.load_recipe(base)
+    assert {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)} == {*changed, "output_dir"}
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -68,7 +88,7 @@ def test_the_command_lists_and_prints(capsys: pytest.CaptureFixture[str]) -> Non
     """Goes red if a recipe loses its describing first line."""
     assert run([]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 10 and all(len(line.split(maxsplit=1)[1]) > 20 for line in lines)
+    assert len(lines) == 1 + len(PAPER) and all(len(line.split(maxsplit=1)[1]) > 20 for line in lines)
     assert run(["quickstart"]) == 0
     assert capsys.readouterr().out == recipes.read_text("quickstart")
     with pytest.raises(RequestError, match="one name"):

@@ -53,6 +53,7 @@ def parse_request(
     *,
     command: str,
     load_recipe: Callable[[str], dict[str, Any]] | None = None,
+    reconcile: Callable[[str, dict[str, Any], dict[str, Any]], dict[str, Any]] | None = None,
 ) -> dict[type, dict[str, Any]]:
     """What the person set, per section, converted to the declared types; nothing that was left at its default.
 
@@ -63,6 +64,8 @@ def parse_request(
         sections: dataclasses; a setting belongs to the first that has a field of its name.
         command: name of the command, for messages.
         load_recipe: settings of a named recipe; None if the command takes YAML files only.
+        reconcile: (recipe as named, its settings, the flags' settings) -> the recipe's settings that still hold under
+            these flags. Asked only if there is a recipe and everything could be read.
     Raises:
         RequestError: unknown settings (with the nearest names), values of the wrong type, a recipe that cannot be read;
             all of them in one message.
@@ -73,15 +76,17 @@ def parse_request(
         raise SystemExit(0)
     settings = collect_settings(sections)
     problems: list[str] = []
-    given: dict[str, Any] = {}
     rest = list(argv)
-    if rest and not rest[0].startswith("-"):
-        given.update(_read_recipe(rest.pop(0), settings, command, load_recipe, problems))
-    given.update(_read_flags(rest, settings, command, problems))
+    recipe = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    of_recipe = {} if recipe is None else _read_recipe(recipe, settings, command, load_recipe, problems)
+    of_flags = _read_flags(rest, settings, command, problems)
     if len(problems) == 1:
         raise RequestError(problems[0])
     if problems:
         raise RequestError(f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    if recipe is not None and reconcile is not None:
+        of_recipe = reconcile(recipe, of_recipe, of_flags)
+    given = {**of_recipe, **of_flags}
     return {
         section: {name: value for name, value in given.items() if settings[name].section is section}
         for section in sections

@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from psft.data import Prepared
     from psft.models.architectures import Architecture
+    from psft.objectives import Objective
 
 HELP = "Dry run of psft train: settings, steps, data, memory and time; no weights, no network."
 
 _SHOWN = (
-    "objective",
-    "epsilon_high",
+    "loss_aggregation",
+    "ref_model_name_or_path",
+    "target_clip_fraction",
+    "target_drift",
+    "controller_adjusts",
     "train_batch_size",
     "mini_batch_size",
     "sft_warmup_steps",
@@ -55,6 +59,8 @@ def run(argv: list[str]) -> int:
         RequestError: what `psft train` would refuse: unknown settings, contradictions, unusable local data.
     """
     from psft.cli.arguments import parse_request
+    from psft.cli.objective_choice import leave_out_other_objective
+    from psft.cli.objective_facts import objective_facts
     from psft.config import DataArguments, ModelArguments
     from psft.models.architectures import find_architecture
     from psft.models.resolve import check_dtype
@@ -62,7 +68,7 @@ def run(argv: list[str]) -> int:
     from psft.trainers.psft_config import PSFTConfig
 
     sections = (DataArguments, ModelArguments, PSFTConfig)
-    given = parse_request(argv, sections, command="plan", load_recipe=load_recipe)
+    given = parse_request(argv, sections, command="plan", load_recipe=load_recipe, reconcile=leave_out_other_objective)
     data, model = DataArguments(**given[DataArguments]), ModelArguments(**given[ModelArguments])
     settings = _settings(PSFTConfig, given[PSFTConfig])
     check_dtype(model.dtype, force_pure_bf16=settings.force_pure_bf16)
@@ -71,8 +77,12 @@ def run(argv: list[str]) -> int:
     )
     found = _look_at_data(data, model, settings)
 
+    objective = settings.resolved_objective()
+
     _heading("Settings")
-    _table(_resolved_settings(data, model, settings, set(given[PSFTConfig])))
+    _table(_resolved_settings(data, model, settings, objective, set(given[PSFTConfig])))
+    _heading("Objective")
+    _table(objective_facts(objective, settings, use_peft=model.use_peft))
     _heading("Steps")
     _table(_steps(found, settings))
     _heading("Data")
@@ -82,8 +92,8 @@ def run(argv: list[str]) -> int:
 
         print("\n" + _indent(_shortened(render_example(found.prepared, found.tokenizer))))
     _heading("Memory and time (a rough estimate from sizes, not a measurement)")
-    _print_estimate(architecture, found, model, settings)
-    notes = _notes(data, model, settings, found, architecture)
+    print("\n".join(_costs(architecture, found, model, settings, objective)))
+    notes = _notes(data, model, settings, objective, found, architecture)
     if notes:
         _heading("Notes")
         print("\n".join(f"  - {note}" for note in notes))
@@ -155,15 +165,19 @@ def _is_local(source: str) -> bool:
     return source.startswith("reasoning-gym:") or looks_like_path or Path(source).expanduser().exists()
 
 
-def _resolved_settings(data: Any, model: Any, settings: Any, given: set[str]) -> list[tuple[str, str]]:
+def _resolved_settings(
+    data: Any, model: Any, settings: Any, objective: Objective, given: set[str]
+) -> list[tuple[str, str]]:
     rows = [("model_name_or_path", str(model.model_name_or_path)), ("dataset", f"{data.dataset}")]
     rows += [("dataset_split", data.dataset_split)] if data.dataset and not _is_local(data.dataset) else []
     rows += [("eval_dataset", ", ".join(data.eval_dataset))] if data.eval_dataset else []
     rows += [("system_prompt", data.system_prompt)] if data.system_prompt else []
     rows += [("lora", f"rank {model.lora_r}, alpha {model.lora_alpha}")] if model.use_peft else []
-    shown = [*_SHOWN, *sorted(given - set(_SHOWN))]
-    for name in shown:
-        value = getattr(settings, name, None)
+    shown = {"objective": settings.objective, **objective.settings}
+    others = [*_SHOWN, *sorted(given - {*_SHOWN, *shown, "objective_settings"})]
+    shown |= {name: getattr(settings, name, None) for name in others}
+    given = given | (settings.objective_settings or {}).keys()
+    for name, value in shown.items():
         is_idle = name == ("num_train_epochs" if settings.max_steps > 0 else "max_steps")
         is_idle = is_idle or (name.startswith("sft_warmup") and not settings.sft_warmup_steps)
         if value is not None and not is_idle:
@@ -246,73 +260,20 @@ def _data_facts(found: _Data, data: Any, settings: Any) -> list[tuple[str, str]]
     return facts
 
 
-def _print_estimate(model: Architecture | None, found: _Data, arguments: Any, settings: Any) -> None:
-    from psft.models import estimate
+def _costs(
+    architecture: Architecture | None, found: _Data, model: Any, settings: Any, objective: Objective
+) -> list[str]:
+    from psft.cli.plan_costs import Lengths, cost_lines
+    from psft.models.architectures import find_architecture
 
-    if model is None:
-        print(f"  not at hand: the sizes of {arguments.model_name_or_path}; no estimate")
-        return
-    longest, mean = _lengths(found, model, settings)
-    trainable = estimate.lora_parameters(model, arguments.lora_r) if arguments.use_peft else model.num_parameters
-    facts = [
-        ("parameters", f"{model.num_parameters:,}" + (f", about {trainable:,} trained" if arguments.use_peft else "")),
-        (
-            "tokens per row",
-            f"{mean:,.0f} on average" if found.prepared else f"{mean:,.0f}: max_length, so an upper bound",
-        ),
-    ]
-    _table(facts)
-    head = ("device", "micro-batch", "needed", "fewest devices", "one step", "all steps")
-    rows = [head]
-    for device in (*estimate.ACCELERATORS, estimate.this_cpu()):
-        on_cpu = device.name.startswith("this CPU")
-        cap = settings.max_tokens_per_micro_batch
-        tokens = max(longest, (1024 if on_cpu else 8192) if cap == "auto" else int(cap))
-        memory = estimate.estimate_memory(
-            model,
-            micro_batch_tokens=tokens,
-            trainable_parameters=trainable,
-            bf16_autocast=not on_cpu,
-            pure_bf16=arguments.dtype == "bfloat16",
-            gradient_checkpointing=settings.gradient_checkpointing,
-        )
-        count = 1 if on_cpu else estimate.fewest_devices(memory, device)
-        fits = memory.total() <= device.memory_gib * estimate.GIB
-        seconds = estimate.seconds_per_step(
-            model,
-            device,
-            tokens_per_step=mean * settings.mini_batch_size,
-            num_mini_batches=1
-            if settings.objective == "sft"
-            else settings.train_batch_size // settings.mini_batch_size,
-            gradient_checkpointing=settings.gradient_checkpointing,
-        ) / (count or 1)
-        devices = ("1" if fits else "does not fit") if on_cpu else (str(count) if count else "more than 64")
-        total = (
-            _duration(seconds * _num_steps(found, settings)) if found.num_rows or settings.max_steps > 0 else "unknown"
-        )
-        needed = f"{memory.total() / estimate.GIB:.1f} GiB"
-        usable = devices.isdigit()
-        rows.append(
-            (
-                device.name,
-                f"{tokens} tok",
-                needed,
-                devices,
-                _duration(seconds) if usable else "-",
-                total if usable else "-",
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    for row in rows:
-        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print("  needed: on one device, unsharded. Several devices: states sharded (FSDP or ZeRO-3), time at their number.")
-    shares = ", ".join(f"{device.name} {device.utilisation:.0%}" for device in estimate.ACCELERATORS)
-    cpu = f"CPU {estimate.CPU_UTILISATION:.0%} (its peak measured now, in float32)"
-    print(f"  assumed share of the peak: {shares}, {cpu}.")
-    print(
-        "  operations: 6 N per token, + 2 N (K-1)/K for old passes, + 2 N for checkpointing. Tiny models take longer."
-    )
+    if architecture is None:
+        return [f"  not at hand: the sizes of {model.model_name_or_path}; no estimate"]
+    longest, mean = _lengths(found, architecture, settings)
+    lengths = Lengths(longest, mean, is_bound=found.prepared is None, num_rows=found.num_rows)
+    named = settings.ref_model_name_or_path
+    reference = find_architecture(named, settings.ref_model_revision) if named else architecture
+    num_steps = _num_steps(found, settings) if found.num_rows or settings.max_steps > 0 else None
+    return cost_lines(architecture, reference, lengths, model, settings, objective, num_steps=num_steps)
 
 
 def _lengths(found: _Data, model: Architecture, settings: Any) -> tuple[int, float]:
@@ -324,17 +285,15 @@ def _lengths(found: _Data, model: Architecture, settings: Any) -> tuple[int, flo
     return bound, float(bound)
 
 
-def _notes(data: Any, model: Any, settings: Any, found: _Data, architecture: Architecture | None) -> list[str]:
+def _notes(
+    data: Any, model: Any, settings: Any, objective: Objective, found: _Data, architecture: Architecture | None
+) -> list[str]:
+    from psft.cli.objective_facts import objective_notes
     from psft.models.quickstart import NAME
     from psft.models.resolve import local_folder
 
     notes = list(found.notes)
-    if settings.objective == "sft":
-        notes.append("this is plain SFT: objective is sft")
-    elif settings.mini_batch_size == settings.train_batch_size:
-        notes.append("this is plain SFT: with one mini-batch per window every ratio is 1 and nothing is ever clipped")
-    if settings.epsilon_high == float("inf"):
-        notes.append("epsilon_high is inf: the ratio is never clipped")
+    notes += objective_notes(objective, settings)
     if model.model_name_or_path is None:
         notes.append("name the model with --model_name_or_path")
     elif local_folder(model.model_name_or_path, model.model_revision) is None:
@@ -378,13 +337,3 @@ def _shortened(text: str, most: int = 3000) -> str:
     if len(text) <= most:
         return text
     return f"{text[: most // 2]}\n[... {len(text) - most} characters ...]\n{text[-(most // 2) :]}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 1:
-        return f"{seconds * 1000:.0f} ms"
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

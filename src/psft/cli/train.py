@@ -52,12 +52,15 @@ def read_request(argv: Sequence[str], *, command: str) -> Request:
         RequestError: unknown or contradictory settings, or none for the model or the data.
     """
     from psft.cli.arguments import parse_request
+    from psft.cli.objective_choice import leave_out_other_objective
     from psft.config import DataArguments, ModelArguments
     from psft.recipes import load_recipe
     from psft.trainers import PSFTConfig
 
     sections = [PSFTConfig, DataArguments, ModelArguments]
-    per_section = parse_request(argv, sections, command=command, load_recipe=load_recipe)
+    per_section = parse_request(
+        argv, sections, command=command, load_recipe=load_recipe, reconcile=leave_out_other_objective
+    )
     model = ModelArguments(**per_section[ModelArguments])
     data = DataArguments(**per_section[DataArguments])
     name, dataset = model.model_name_or_path, data.dataset
@@ -101,12 +104,16 @@ class PreparedRun:
         summary = self.trainer.recorder.folder.read_json("summary.json")
         first, last = summary["first"], summary["last"]
         lines = [f"{'':24}{'first':>10}{'last':>10}"]
-        lines += [f"{name:24}{first[name]:10.4f}{last[name]:10.4f}" for name in first if name in last]
+        lines += [f"{name:24}{_shown(first[name])}{_shown(last[name])}" for name in first if name in last]
         lines.append(
             f"\n{summary['steps']} steps in {summary['wall_time_s']:.0f} s. "
             f"Model and records: {self.trainer.args.output_dir}"
         )
         return "\n".join(lines)
+
+
+def _shown(value: float | None) -> str:
+    return f"{'not finite':>10}" if value is None else f"{value:10.4f}"  # JSON has no NaN: summary.json says null
 
 
 def prepare_run(request: Request) -> PreparedRun:

@@ -10,6 +10,27 @@ from typing import Any
 
 from psft.errors import RequestError
 
+ROW_NUMBER, ROW_NUMBERS = "row_number", "row_numbers"
+
+
+class NumberedRows:
+    """A map-style data set whose rows carry their own number under "row_number"."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return {**self.dataset[number], ROW_NUMBER: number}
+
+    def __getitems__(self, numbers: list[int]) -> list[dict[str, Any]]:
+        if not hasattr(self.dataset, "__getitems__"):
+            return [self[number] for number in numbers]
+        rows = self.dataset.__getitems__(numbers)  # one read for a whole mini-batch
+        return [{**row, ROW_NUMBER: number} for row, number in zip(rows, numbers, strict=True)]
+
 
 def cut_by_tokens(lengths: Sequence[int], max_tokens: int, *, is_padded: bool = True) -> list[list[int]]:
     """Group row numbers so that no group exceeds `max_tokens`, longest rows first.
@@ -53,6 +74,7 @@ class MiniBatchCollator:
         is_padded: rows are padded to the longest; False when `collate` joins them into one row.
     Returns, when called:
         {"micro_batches": [inputs, ...], "num_rows": rows, "num_input_tokens": their tokens without padding}
+        Rows that carry their number in the data set ("row_number") leave it in inputs["row_numbers"], a list.
     """
 
     def __init__(
@@ -72,8 +94,13 @@ class MiniBatchCollator:
         lengths = [len(row["input_ids"]) for row in rows]
         cap = max([self.auto_tokens, *lengths]) if self.max_tokens == "auto" else int(self.max_tokens)
         groups = cut_by_tokens(lengths, cap, is_padded=self.is_padded)
+        micro_batches = []
+        for group in groups:
+            members = [dict(rows[i]) for i in group]
+            numbers = [member.pop(ROW_NUMBER) for member in members if ROW_NUMBER in member]
+            micro_batches.append({**self.collate(members), **({ROW_NUMBERS: numbers} if numbers else {})})
         return {
-            "micro_batches": [self.collate([rows[i] for i in group]) for group in groups],
+            "micro_batches": micro_batches,
             "num_rows": len(rows),
             "num_input_tokens": sum(lengths),
         }

@@ -13,6 +13,7 @@ from psft.models.architectures import Architecture
 
 GIB = 2**30
 HEAD_BYTES_PER_LOGIT = 12  # one chunk of logits: float32 value, its softmax, its gradient
+HEAD_BYTES_PER_REFERENCE_LOGIT = 8  # float32 value and log-softmax
 DEFAULT_HEAD_CHUNK_TOKENS = 256  # psft.ops.token_statistics.CHUNK_ROWS
 
 
@@ -66,11 +67,12 @@ class MemoryEstimate:
     autocast_copies: float
     activations: float
     head: float
+    reference: float = 0.0
 
     @property
     def states(self) -> float:
         """What full sharding (FSDP, ZeRO-3) divides."""
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer + self.reference
 
     def total(self, num_shards: int = 1) -> float:
         """Bytes on each of `num_shards` devices. Sharded, only about two layers' bf16 copies are whole at a time."""
@@ -86,17 +88,23 @@ def estimate_memory(
     bf16_autocast: bool = True,
     pure_bf16: bool = False,
     gradient_checkpointing: bool = False,
+    reference_parameters: int = 0,
+    has_reference_logits: bool = False,
     head_chunk_tokens: int = DEFAULT_HEAD_CHUNK_TOKENS,
 ) -> MemoryEstimate:
     """Bytes needed while one micro-batch is trained.
 
     weights 4 B per parameter; gradients 4 B and AdamW 8 B per trainable one (pure bf16: 2, 2 and 4). Autocast keeps a
     bf16 copy, 2 B, of every matrix it multiplies by. Activations as `activation_bytes_per_token`; the head holds the
-    logits of `head_chunk_tokens` at most, 12 B each.
+    logits of `head_chunk_tokens` at most, 12 B each. A frozen reference has 4 B per parameter (pure bf16: 2) and no
+    gradients; its logits add 8 B each. It runs without gradients, so nothing of it is kept from forward to backward.
 
     Args:
         micro_batch_tokens: padded tokens of one forward pass on one device.
         trainable_parameters: fewer than all with LoRA; default all.
+        reference_parameters: of a frozen copy kept in memory; 0 where there is none, or where the reference is the
+            trained model without its adapter.
+        has_reference_logits: whether the reference's whole distribution is compared at every token.
     """
     trainable = model.num_parameters if trainable_parameters is None else trainable_parameters
     size = 2 if pure_bf16 else 4
@@ -104,13 +112,15 @@ def estimate_memory(
         model, half=bf16_autocast or pure_bf16, gradient_checkpointing=gradient_checkpointing
     )
     one_layer = _layer_bytes_per_token(model, half=bf16_autocast or pure_bf16) if gradient_checkpointing else 0
+    per_logit = HEAD_BYTES_PER_LOGIT + (HEAD_BYTES_PER_REFERENCE_LOGIT if has_reference_logits else 0)
     return MemoryEstimate(
         weights=size * model.num_parameters,
         gradients=size * trainable,
         optimizer=2 * size * trainable,
         autocast_copies=2.0 * model.num_matmul_parameters if bf16_autocast and not pure_bf16 else 0.0,
         activations=micro_batch_tokens * (per_token + one_layer),
-        head=min(micro_batch_tokens, head_chunk_tokens) * model.vocab_size * HEAD_BYTES_PER_LOGIT,
+        head=min(micro_batch_tokens, head_chunk_tokens) * model.vocab_size * per_logit,
+        reference=size * reference_parameters,
     )
 
 
@@ -135,19 +145,48 @@ def _layer_bytes_per_token(model: Architecture, *, half: bool) -> float:
     return 4.0 * 4 * model.hidden_size + (2 if half else 4) * computed
 
 
-def flops_per_token(model: Architecture, *, num_mini_batches: int, gradient_checkpointing: bool) -> float:
-    """Operations per training token: 6 N (forward 2 N, backward 4 N), + 2 N (K-1)/K for the old pass of a window of K
-    mini-batches (its first one costs none), + 2 N where checkpointing repeats the forward pass."""
-    passes = 6 + 2 * (num_mini_batches - 1) / num_mini_batches + (2 if gradient_checkpointing else 0)
-    return passes * model.num_matmul_parameters
+def flops_per_token(
+    model: Architecture,
+    *,
+    num_mini_batches: int,
+    gradient_checkpointing: bool,
+    reference_matmul_parameters: int = 0,
+) -> float:
+    """Operations per training token: 6 N (forward 2 N, backward 4 N), + 2 N where checkpointing repeats the forward
+    pass, + 2 N (K-1)/K for an old pass (mini-batch 1 of K needs none), + 2 N_ref for a reference's forward pass.
+
+    Args:
+        num_mini_batches: K, the mini-batches that share an old policy; 1 for an objective without one.
+        reference_matmul_parameters: N_ref of a reference that reads every step's tokens; 0 where there is none, or
+            where its log-probs were computed once (`seconds_of_forward`).
+    """
+    old_pass = 2 * (num_mini_batches - 1) / num_mini_batches
+    own = (6 + old_pass + (2 if gradient_checkpointing else 0)) * model.num_matmul_parameters
+    return own + 2 * reference_matmul_parameters
 
 
 def seconds_per_step(
-    model: Architecture, device: Device, *, tokens_per_step: float, num_mini_batches: int, gradient_checkpointing: bool
+    model: Architecture,
+    device: Device,
+    *,
+    tokens_per_step: float,
+    num_mini_batches: int,
+    gradient_checkpointing: bool,
+    reference_matmul_parameters: int = 0,
 ) -> float:
     """Seconds of one optimizer step on one device: operations / (peak x assumed utilisation)."""
-    each = flops_per_token(model, num_mini_batches=num_mini_batches, gradient_checkpointing=gradient_checkpointing)
+    each = flops_per_token(
+        model,
+        num_mini_batches=num_mini_batches,
+        gradient_checkpointing=gradient_checkpointing,
+        reference_matmul_parameters=reference_matmul_parameters,
+    )
     return tokens_per_step * each / (device.peak_tflops * 1e12 * device.utilisation)
+
+
+def seconds_of_forward(matmul_parameters: int, device: Device, *, num_tokens: float) -> float:
+    """Seconds of one forward pass without gradient on one device: 2 N operations a token."""
+    return num_tokens * 2 * matmul_parameters / (device.peak_tflops * 1e12 * device.utilisation)
 
 
 def fewest_devices(memory: MemoryEstimate, device: Device, most: int = 64) -> int | None:

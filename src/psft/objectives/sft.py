@@ -1,10 +1,9 @@
 """Plain supervised fine-tuning: the negative log-likelihood of the demonstration."""
 
-import torch
 from torch import Tensor
 
 from psft.objectives.base import ObjectiveOutput
-from psft.ops import check_same_shape
+from psft.ops import check_same_shape, masked_sum
 
 
 def sft_loss(logps: Tensor, completion_mask: Tensor, *, normalizer: Tensor | float) -> ObjectiveOutput:
@@ -12,6 +11,7 @@ def sft_loss(logps: Tensor, completion_mask: Tensor, *, normalizer: Tensor | flo
 
     Source: eq. 1 of Zhu et al., "Proximal Supervised Fine-Tuning", arXiv:2508.17784; the usual cross-entropy.
     Gradient: -1/N * d logps_t for every counted token, whatever its probability.
+    Singular points: none, short of a counted token of probability 0 (loss inf).
 
     Args:
         logps: (B, T) float, nats. log pi_theta(label). Carries the gradient.
@@ -23,4 +23,4 @@ def sft_loss(logps: Tensor, completion_mask: Tensor, *, normalizer: Tensor | flo
         ValueError: the tensors differ in shape.
     """
     check_same_shape(logps=logps, completion_mask=completion_mask)
-    return ObjectiveOutput(-torch.where(completion_mask, logps, 0.0).sum() / normalizer, {})
+    return ObjectiveOutput(-masked_sum(logps, completion_mask) / normalizer, {})

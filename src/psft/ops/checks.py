@@ -15,3 +15,11 @@ def check_positive(**numbers: float) -> None:
     wrong = {name: value for name, value in numbers.items() if not value > 0}
     if wrong:
         raise ValueError("must be greater than 0: " + ", ".join(f"{name}={value}" for name, value in wrong.items()))
+
+
+def check_choice(choices: tuple[str, ...], **values: str) -> None:
+    """Raise `ValueError` naming every value that is none of `choices`."""
+    wrong = {name: value for name, value in values.items() if value not in choices}
+    if wrong:
+        given = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
+        raise ValueError(f"{given}: it is one of {', '.join(choices)}")

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from psft.ops.token_statistics import TokenStatistics
+from psft.ops.token_statistics import TokenStatistics, check_reference
+from psft.ops.vocabulary import GemGap, ReferenceLogits, RefKl, TopKEntropy, VocabularyQuantity
 
 
 def token_statistics(
@@ -15,14 +16,46 @@ def token_statistics(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     chunk_rows: int = 0,
+    quantities: tuple[VocabularyQuantity, ...] = (),
+    reference: ReferenceLogits | None = None,
 ) -> TokenStatistics:
     """As `psft.ops.token_statistics`, by autograd through the full (N, V) logits; `chunk_rows` has no effect."""
-    logits = torch.nn.functional.linear(hidden, weight, bias) * logit_scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+    check_reference(len(labels), len(weight), quantities, reference)
+    logits = _logits(hidden, weight, bias, logit_scale, softcap)
+    ref_logits = None if reference is None else _logits(*reference).detach()
     log_softmax = torch.log_softmax(logits, -1)
     return TokenStatistics(
         logps=log_softmax.gather(1, labels[:, None])[:, 0],
         entropies=-(log_softmax.exp() * log_softmax).sum(-1),
         is_top1=logits.argmax(-1) == labels,
+        quantities={q.name: vocabulary_quantity(q, logits, labels, ref_logits) for q in quantities},
     )
+
+
+def vocabulary_quantity(
+    quantity: VocabularyQuantity, logits: Tensor, labels: Tensor, ref_logits: Tensor | None
+) -> Tensor:
+    """(N,) from full (N, V) logits: GEM's gap, the KL to the reference, or the top-k entropy."""
+    logp = logits.log_softmax(-1)
+    target = labels[:, None]
+    if isinstance(quantity, GemGap):
+        with torch.no_grad():
+            weights = (logits / quantity.gem_beta).softmax(-1)
+            if quantity.gem_weighting == "logsigmoid":
+                weights = weights * torch.sigmoid(0.01 * (logits - logits.gather(1, target)))
+        return (weights * (logp.gather(1, target) - logp)).sum(-1)
+    if isinstance(quantity, RefKl):
+        assert ref_logits is not None, "check_reference has seen to it"
+        ref_logp = ref_logits.log_softmax(-1)
+        if quantity.kl_direction == "forward":
+            return (ref_logp.exp() * (ref_logp - logp)).sum(-1)
+        return (logp.exp() * (logp - ref_logp)).sum(-1)
+    if isinstance(quantity, TopKEntropy):
+        largest = logits.detach().topk(min(quantity.eaft_top_k, logits.shape[1])).values
+        return -(largest.softmax(-1) * largest.log_softmax(-1)).sum(-1)
+    raise TypeError(f"no plain twin for {type(quantity).__name__}")
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None) -> Tensor:
+    logits = torch.nn.functional.linear(hidden, weight, bias) * logit_scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)

@@ -9,7 +9,11 @@ from typing import Any, TypedDict
 
 
 class MetricsRow(TypedDict, total=False):
-    """One optimizer step, a line of metrics.jsonl. Fractions and means are over its counted tokens, all ranks."""
+    """One optimizer step, a line of metrics.jsonl. Fractions and means are over its counted tokens, all ranks.
+
+    Objectives with a KL to a reference add one more, named by direction and estimator: `kl_ref_forward_full`,
+    `kl_ref_reverse_k3`, ... (nats; only the full one is a KL, the others are the penalty on the target token).
+    """
 
     step: int
     """Optimizer step, 1 is the first; warm-up steps count on the same axis."""
@@ -19,6 +23,12 @@ class MetricsRow(TypedDict, total=False):
     """Which window of sequences sharing one old policy, 0 is the first."""
     mini_batch: int
     """Position inside the window, 1..K; at 1 the ratio is exactly 1."""
+    num_mini_batches: int
+    """K, the steps of this window."""
+    epsilon_high: float | None
+    """Bound in force: the ratio is clipped at 1 + this. Absent where the objective has none, and in the warm-up."""
+    tv_delta: float | None
+    """Bound in force of psft_tv, on the growth of a probability."""
     epoch: float
     """Passes over the data, fractional."""
     tokens: int
@@ -32,9 +42,13 @@ class MetricsRow(TypedDict, total=False):
     clip_fraction: float | None
     """Share of counted tokens whose gradient the clip removed."""
     clippable_fraction: float | None
-    """Share of counted tokens with old probability below 1 / (1 + epsilon_high): only these can be clipped."""
+    """Share of counted tokens that the bound can clip at all: old probability below 1 / (1 + epsilon_high)."""
+    token_weight: float | None
+    """Mean coefficient on the gradient of log p; SFT's is 1. Absent for sft, gem and full-vocabulary sft_kl."""
     log_ratio_mean: float | None
     """Mean of logps - old_logps, nats."""
+    log_ratio_abs_mean: float | None
+    """Mean of |logps - old_logps|, nats: how far the window has moved."""
     log_ratio_abs_max: float | None
     """Largest |logps - old_logps|, nats."""
     grad_norm: float | None
@@ -89,6 +103,8 @@ class RunInfo(TypedDict, total=False):
     """Its name and settings."""
     config: dict[str, Any]
     """Every setting, defaults resolved."""
+    warmup: dict[str, Any] | None
+    """The plain-SFT stage: steps, mini_batch_size, learning_rate, optimizer_state (`keep` or `reset`); null without."""
     num_train_rows: int
     world_size: int
     """Processes that trained together."""

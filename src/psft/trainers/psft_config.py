@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from dataclasses import dataclass
 
 import torch
 import trl
 
-from psft.config import PSFTFields
+from psft.config import OBJECTIVE_SETTINGS, PSFTFields
 from psft.errors import RequestError
+from psft.objectives import Objective, resolve_objective
 from psft.ops.precision import has_native_bf16
+from psft.trainers.layout import LOSS_AGGREGATIONS
 from psft.window.schedule import check_batch_sizes
 
 logger = logging.getLogger(__name__)
@@ -45,7 +48,7 @@ class PSFTConfig(PSFTFields, trl.SFTConfig):  # type: ignore[misc]  # train_batc
         with warnings.catch_warnings():  # TRL itself still sets the name that transformers renamed
             warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated")
             super().__post_init__()
-        problems = [*self._resolve_batch_sizes(), *self._refusals()]
+        problems = [*self._resolve_batch_sizes(), *self._resolve_objective(), *self._refusals()]
         if problems:
             raise RequestError("; ".join(problems))
 
@@ -82,10 +85,80 @@ class PSFTConfig(PSFTFields, trl.SFTConfig):  # type: ignore[misc]  # train_batc
         self.gradient_accumulation_steps = 1
         return []
 
+    def resolved_objective(self) -> Objective:
+        """The objective with its settings. Raises RequestError: unknown, or a setting that has no effect on it."""
+        given = {name: getattr(self, name) for name in OBJECTIVE_SETTINGS if getattr(self, name) is not None}
+        return resolve_objective(self.objective, {**given, **(self.objective_settings or {})})
+
+    def _resolve_objective(self) -> list[str]:
+        """Fill in the objective's own defaults; return what is wrong about it and the controller."""
+        try:
+            objective = self.resolved_objective()
+        except RequestError as error:
+            return [str(error).rstrip(".")]
+        for name in OBJECTIVE_SETTINGS:
+            if name in objective.settings:
+                setattr(self, name, objective.settings[name])
+        return [*self._refused_without_effect(objective), *self._resolve_controller(objective)]
+
+    def _refused_without_effect(self, objective: Objective) -> list[str]:
+        problems = []
+        name = self.objective
+        if self.objective_settings and ":" not in name:
+            problems.append(f"objective_settings are for an objective of your own; '{name}' has settings by name")
+        if self.allow_ratio_noise and not objective.needs_old_logps:
+            problems.append(f"allow_ratio_noise has no effect for objective '{name}', which has no ratio. Remove it")
+        if not (objective.needs_ref_logps or objective.needs_ref_vocabulary):
+            for setting in ("ref_model_name_or_path", "ref_cache_dir"):
+                if getattr(self, setting) is not None:
+                    problems.append(
+                        f"{setting} has no effect for objective '{name}', which has no reference. Remove it"
+                    )
+        elif self.ref_cache_dir is not None and not objective.needs_ref_logps:
+            problems.append(
+                f"ref_cache_dir has no effect for objective '{name}': its reference is streamed, not cached. Remove it"
+            )
+        if self.loss_aggregation not in LOSS_AGGREGATIONS:
+            problems.append(f"loss_aggregation={self.loss_aggregation} must be one of {', '.join(LOSS_AGGREGATIONS)}")
+        return problems
+
+    def _resolve_controller(self, objective: Objective) -> list[str]:
+        targets = [n for n in ("target_clip_fraction", "target_drift") if getattr(self, n) is not None]
+        if not targets:
+            if self.controller_adjusts is not None:
+                return ["controller_adjusts has no effect without target_clip_fraction or target_drift. Remove it"]
+            return []
+        if len(targets) == 2:
+            return ["target_clip_fraction and target_drift pull one controller two ways. Give one of them"]
+        (target,) = targets
+        value = getattr(self, target)
+        problems = []
+        if not 0 < value < (1 if target == "target_clip_fraction" else math.inf):
+            problems.append(
+                f"{target}={value} must lie between 0 and 1"
+                if target == "target_clip_fraction"
+                else f"{target}={value} must be greater than 0 (nats)"
+            )
+        if self.controller_adjusts is None:
+            self.controller_adjusts = "epsilon" if target == "target_clip_fraction" else "window"
+        has_radius = bool({"epsilon_high", "tv_delta"} & set(objective.settings))
+        if self.controller_adjusts not in ("epsilon", "window"):
+            problems.append(f"controller_adjusts={self.controller_adjusts} must be epsilon or window")
+        elif not objective.needs_old_logps:
+            problems.append(f"{target} has no effect for objective '{self.objective}', which has no old policy")
+        elif not has_radius and (self.controller_adjusts == "epsilon" or target == "target_clip_fraction"):
+            problems.append(
+                f"{target} with controller_adjusts={self.controller_adjusts} needs a bound that clips, and objective "
+                f"'{self.objective}' has none. Use psft or psft_tv"
+            )
+        elif self.controller_adjusts == "epsilon" and math.inf in (self.epsilon_high, self.tv_delta):
+            problems.append(f"{target} moves the bound from where it is, and it is inf. Give a finite one, e.g. 0.28")
+        elif self.mini_batch_size == self.train_batch_size:
+            problems.append(f"{target} has no effect with one mini-batch per window: every ratio is 1")
+        return problems
+
     def _refusals(self) -> list[str]:
         problems = []
-        if not self.epsilon_high > 0:
-            problems.append(f"epsilon_high={self.epsilon_high} must be greater than 0; the paper uses 0.28")
         if self.max_tokens_per_micro_batch != "auto":
             try:
                 self.max_tokens_per_micro_batch = int(self.max_tokens_per_micro_batch)
@@ -96,9 +169,13 @@ class PSFTConfig(PSFTFields, trl.SFTConfig):  # type: ignore[misc]  # train_batc
         if self.sft_warmup_steps < 0:
             problems.append(f"sft_warmup_steps={self.sft_warmup_steps} must be 0 or more")
         if not self.sft_warmup_steps:
-            for name in ("sft_warmup_mini_batch_size", "sft_warmup_learning_rate"):
+            for name in ("sft_warmup_mini_batch_size", "sft_warmup_learning_rate", "sft_warmup_optimizer_state"):
                 if getattr(self, name) is not None:
                     problems.append(f"{name} has no effect without sft_warmup_steps. Set sft_warmup_steps or remove it")
+        else:
+            self.sft_warmup_optimizer_state = self.sft_warmup_optimizer_state or "keep"
+        if self.sft_warmup_optimizer_state not in (None, "keep", "reset"):
+            problems.append(f"sft_warmup_optimizer_state={self.sft_warmup_optimizer_state} must be keep or reset")
         warmup_mini = self.sft_warmup_mini_batch_size
         if warmup_mini is not None and (warmup_mini < 1 or warmup_mini % self.world_size):
             problems.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,17 +14,19 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput, seed_worker
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, seed_worker
 from trl import SFTTrainer
 
-from psft.data.microbatch import MiniBatchCollator
+from psft.data.microbatch import ROW_NUMBERS, MiniBatchCollator, NumberedRows
 from psft.errors import RequestError
-from psft.objectives import Objective, resolve_objective, sft_loss
+from psft.objectives import Objective, ObjectiveOutput, sft_loss
 from psft.trainers.evaluation import token_mean_evaluation
 from psft.trainers.head import ScoredTokens, add_token_scoring
+from psft.trainers.layout import aggregation_normalizer, sequence_ids
 from psft.trainers.loader import WindowLoader, WindowSampler
 from psft.trainers.psft_config import PSFTConfig
 from psft.trainers.recording import RunRecorder
+from psft.trainers.reference import FrozenReference
 from psft.trainers.safeguards import (
     announce_plain_sft,
     check_passes_agree,
@@ -32,6 +35,7 @@ from psft.trainers.safeguards import (
     switch_dropout_off,
 )
 from psft.trainers.telemetry import StepTelemetry
+from psft.trainers.trust_region import TrustRegion
 from psft.window import Schedule, Step, Window
 
 
@@ -46,7 +50,8 @@ class PSFTTrainer(SFTTrainer):
 
     Source of the method: Zhu et al., arXiv:2508.17784.
 
-    Args: as `trl.SFTTrainer`; `args` is a `PSFTConfig`.
+    Args: as `trl.SFTTrainer`; `args` is a `PSFTConfig`. ref_model: the frozen reference of an objective that needs one;
+        default: the model as it is now (under PEFT the model without its adapter).
     Raises:
         RequestError: what cannot be combined with a window of one old policy, by name, before anything is trained.
     """
@@ -74,17 +79,21 @@ class PSFTTrainer(SFTTrainer):
         data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
         train_dataset: Any = None,
         *positional: Any,
+        ref_model: Any = None,
         **kwargs: Any,
     ) -> None:
         args = PSFTConfig() if args is None else args
         refuse_request(args, train_dataset, kwargs.get("compute_loss_func"))
-        self.objective = resolve_objective(args.objective, {"epsilon_high": args.epsilon_high})
+        self.objective = args.resolved_objective()
         super().__init__(model, args, data_collator, train_dataset, *positional, **kwargs)
         refuse_model(self.model, args, has_router_loss=self.aux_loss_enabled)
-        add_token_scoring(self.model.get_base_model() if is_peft_model(self.model) else self.model)
+        self.reference = FrozenReference.of(self, ref_model)  # before the head below changes what is copied
+        policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        add_token_scoring(policy, self.objective.vocabulary)
         if self.objective.needs_old_logps:
             switch_dropout_off(self.model)
             announce_plain_sft(args)
+        self.trust_region = TrustRegion(args, self.objective)
         self.recorder = RunRecorder(self)
         self._window: Window | None = None
         self._current_step: Step | None = None
@@ -115,7 +124,7 @@ class PSFTTrainer(SFTTrainer):
             rank=args.process_index,
             world_size=args.world_size,
         )
-        dataset = self._remove_unused_columns(self.train_dataset, description="training")
+        dataset: Any = NumberedRows(self._remove_unused_columns(self.train_dataset, description="training"))
         collate = MiniBatchCollator(
             self.data_collator,
             max_tokens=args.max_tokens_per_micro_batch,
@@ -163,6 +172,8 @@ class PSFTTrainer(SFTTrainer):
         loader.set_epoch(kwargs["epoch"])
         self._epoch_steps = deque(loader.window_sampler.steps())
         self._window = None
+        if self.reference is not None:
+            self.reference.prepare()
         super()._run_epoch(*args, **kwargs)
 
     def get_batch_samples(
@@ -174,7 +185,11 @@ class PSFTTrainer(SFTTrainer):
             if not self._epoch_steps:
                 return [], None
             self._window = self._open_window(epoch_iterator)
+        was_warmup = self._current_step is not None and self._current_step.is_warmup
         self._current_step, micro_batches = self._window.take()
+        if was_warmup and not self._current_step.is_warmup and self.args.sft_warmup_optimizer_state == "reset":
+            assert self.optimizer is not None
+            self.optimizer.state.clear()  # the next step builds its moments anew; the schedule goes on
         num_tokens = sum((m["labels"][:, 1:] != -100).sum() for m in micro_batches)
         normalizer = self._reduce(torch.as_tensor(num_tokens, device=device), "sum").clamp(min=1)
         num_input_tokens = self._num_input_tokens.popleft()
@@ -183,8 +198,9 @@ class PSFTTrainer(SFTTrainer):
     def _open_window(self, epoch_iterator: Iterator[Any]) -> Window:
         first = self._epoch_steps[0]
         steps_left = self.state.max_steps - self.state.global_step
-        steps = [self._epoch_steps.popleft() for _ in range(min(first.num_mini_batches, len(self._epoch_steps)))]
-        steps = steps[: max(steps_left, 1)]  # the run ends inside this window: score no more than it will train
+        size = self.trust_region.num_mini_batches(first)
+        steps = [self._epoch_steps.popleft() for _ in range(min(size, len(self._epoch_steps)))]
+        steps = self.trust_region.labelled(steps[: max(steps_left, 1)])  # the run may end inside: score no more
         batches = [next(epoch_iterator) for _ in steps]
         self._num_input_tokens = deque(batch["num_input_tokens"] for batch in batches)
         window = Window(steps, [batch["micro_batches"] for batch in batches])
@@ -204,45 +220,85 @@ class PSFTTrainer(SFTTrainer):
                     for i, micro_batch in enumerate(micro_batches):
                         window.store_old_logps(number, i, self._score(model, micro_batch).logps)
 
-    def _score(self, model: nn.Module, micro_batch: dict[str, Any]) -> ScoredTokens:
+    def _score(self, model: nn.Module, micro_batch: dict[str, Any], **how: Any) -> ScoredTokens:
+        inputs = {name: value for name, value in micro_batch.items() if name != ROW_NUMBERS}
         with self.compute_loss_context_manager():
-            return model(**self._prepare_inputs(micro_batch), score_tokens=True)
+            return model(**self._prepare_inputs(inputs), **{"score_tokens": True, **how})
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward, objective and backward over the micro-batches of one mini-batch. Returns the step's loss."""
         assert self._window is not None
         model.train()
-        telemetry = StepTelemetry(self.args.device, self.args.epsilon_high)
+        telemetry = StepTelemetry(self.args.device)
         total = torch.zeros((), device=self.args.device)
         micro_batches = inputs["micro_batches"]
+        num_rows = sum(len(micro_batch[ROW_NUMBERS]) for micro_batch in micro_batches)
         for i, micro_batch in enumerate(micro_batches):
             is_last = i == len(micro_batches) - 1
             sync = contextlib.nullcontext() if is_last else self.accelerator.no_sync(model)
             with sync, self.maybe_activation_offload_context:
-                scored = self._score(model, micro_batch)
-                loss = self._objective_loss(scored, self._window.old_logps(i), num_items_in_batch, telemetry)
+                scored = self._score(model, micro_batch, **self._vocabulary(micro_batch))
+                self._compare_passes(scored)
+                normalizer = aggregation_normalizer(
+                    self.args.loss_aggregation,
+                    scored.mask,
+                    num_tokens=num_items_in_batch,
+                    share=len(micro_batch[ROW_NUMBERS]) / num_rows,
+                    world_size=self.args.world_size,
+                )
+                output, old_logps = self._objective_output(i, micro_batch, scored, normalizer)
+                # DDP and FSDP average gradients over ranks; the sum is meant
+                loss = output.loss * self.args.world_size
                 self.accelerator.backward(loss)
             total += loss.detach()
+            weight = normalizer / num_items_in_batch  # metrics are token means, however the loss is averaged
+            telemetry.add(scored, old_logps, {name: value * weight for name, value in output.metrics.items()})
         self.recorder.loss_seen(telemetry, total)
         return total
 
-    def _objective_loss(
-        self, scored: ScoredTokens, old_logps: Tensor | None, normalizer: Tensor, telemetry: StepTelemetry
-    ) -> Tensor:
+    def _vocabulary(self, micro_batch: dict[str, Any]) -> dict[str, Any]:
+        """What the head is asked for beyond log-probs: arguments of `_score`."""
         assert self._current_step is not None
+        if self._current_step.is_warmup or not self.objective.vocabulary:
+            return {}
+        reference = None
+        if self.objective.needs_ref_vocabulary:
+            assert self.reference is not None
+            reference = self.reference.logits(micro_batch)
+        return {"score_tokens": "quantities", "reference": reference}
+
+    def _compare_passes(self, scored: ScoredTokens) -> None:
+        """Once a run: what the old pass gave for this micro-batch at equal weights against what this pass gives."""
         if self._probe_logps is not None:
             check_passes_agree(self._probe_logps, scored, self.model, allow_noise=self.args.allow_ratio_noise)
             self._probe_logps, self._is_pass_checked = None, True
+
+    def _objective_output(
+        self, number: int, micro_batch: dict[str, Any], scored: ScoredTokens, normalizer: Tensor
+    ) -> tuple[ObjectiveOutput, Tensor | None]:
+        """The objective on micro-batch `number` of the step, and the old log-probs it was held against, if any."""
+        assert self._current_step is not None and self._window is not None
         if self._current_step.is_warmup:
-            old_logps, output = None, sft_loss(scored.logps, scored.mask, normalizer=normalizer)
-        else:
-            if self.objective.needs_old_logps and old_logps is None:
+            return sft_loss(scored.logps, scored.mask, normalizer=normalizer), None
+        quantities = {
+            "logps": scored.logps,
+            "entropies": scored.entropies,
+            "completion_mask": scored.mask,
+            "normalizer": normalizer,
+            **scored.quantities,
+        }
+        old_logps = None
+        if self.objective.needs_old_logps:
+            old_logps = self._window.old_logps(number)
+            if old_logps is None:
                 old_logps = scored.logps.detach()  # first mini-batch: the weights are the old policy's
-            output = self.objective(
-                logps=scored.logps, old_logps=old_logps, completion_mask=scored.mask, normalizer=normalizer
-            )
-        telemetry.add(scored, old_logps, output.metrics)
-        return output.loss * self.args.world_size  # DDP and FSDP average gradients over ranks; the sum is meant
+            quantities["old_logps"] = old_logps
+        if self.objective.needs_ref_logps:
+            assert self.reference is not None
+            quantities["ref_logps"] = self.reference.target_logps(micro_batch[ROW_NUMBERS], scored.mask)
+        if "sequence_ids" in self.objective.needs:
+            quantities["sequence_ids"] = sequence_ids(micro_batch).to(scored.mask.device)
+        return self.objective(overrides=self.trust_region.overrides, **quantities), old_logps
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -298,20 +354,21 @@ class PSFTTrainer(SFTTrainer):
         self, tr_loss: Tensor, grad_norm: Any, model: Any, trial: Any, epoch: Any, *args: Any, **kwargs: Any
     ) -> None:
         if self.recorder.telemetry is not None and self._current_step is not None:
+            assert self._window is not None
             row = self.recorder.step_ends(self._current_step, grad_norm, kwargs.get("learning_rate"), self._reduce)
-            for name in (
-                "nll",
-                "entropy",
-                "clip_fraction",
-                "clippable_fraction",
-                "log_ratio_mean",
-                "mean_token_accuracy",
-            ):
+            for name in self.recorder.measured_names:
                 if row.get(name) is not None:
                     self._metrics["train"][name].append(row[name])
+            self.trust_region.step_ends(self._current_step, row, is_last=self._window.is_spent)
             self._total_train_tokens += row["tokens"]
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, epoch, *args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        if self.is_world_process_zero():
+            folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            self.trust_region.save(folder)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train; the run folder in `output_dir` gets run.json, metrics.jsonl, eval.jsonl and summary.json.

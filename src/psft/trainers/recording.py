@@ -35,6 +35,7 @@ class RunRecorder:
         self.is_claimed = False
         self.last_evaluated_step: int | None = None
         self.extra: dict[str, Any] = {}
+        self.measured_names: list[str] = []  # of the last step: what the trackers are told
         self._loss: Tensor | None = None
         self._step_started = self._train_started = self._wall_time_s = 0.0
         self._exit_reason = "not started"
@@ -91,6 +92,7 @@ class RunRecorder:
         """Read the step's telemetry (the one host synchronisation of a step) and append its row."""
         assert self.telemetry is not None and self._loss is not None
         measured = self.telemetry.read(reduce)
+        self.measured_names = [name for name in measured if name != "tokens"]
         loss = reduce(self._loss, "sum").item() / self.trainer.args.world_size
         self.telemetry = None
         state = self.trainer.state
@@ -99,6 +101,7 @@ class RunRecorder:
             "stage": "warmup" if step.is_warmup else "train",
             "window": step.window,
             "mini_batch": step.mini_batch,
+            **self.trainer.trust_region.row(step),
             "epoch": state.epoch,
             "loss": loss,
             **measured,
@@ -148,6 +151,17 @@ class RunRecorder:
             if name == "nll":
                 self._best[key] = min(value, self._best.get(key, value))
 
+    def _warmup_info(self) -> dict[str, Any] | None:
+        args = self.trainer.args
+        if not args.sft_warmup_steps:
+            return None
+        return {
+            "steps": args.sft_warmup_steps,
+            "mini_batch_size": args.sft_warmup_mini_batch_size or args.train_batch_size,
+            "learning_rate": args.sft_warmup_learning_rate or args.learning_rate,
+            "optimizer_state": args.sft_warmup_optimizer_state,
+        }
+
     def _run_info(self) -> dict[str, Any]:
         args = self.trainer.args
         return {
@@ -156,6 +170,7 @@ class RunRecorder:
             "seed": args.seed,
             "objective": {"name": self.trainer.objective.name, "settings": dict(self.trainer.objective.settings)},
             "config": args.to_sanitized_dict() | {"train_batch_size": args.train_batch_size},
+            "warmup": self._warmup_info(),
             "num_train_rows": len(self.trainer.train_dataset),
             "world_size": args.world_size,
             "matmul_precision": torch.get_float32_matmul_precision(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -14,16 +13,15 @@ from psft.trainers.head import ScoredTokens
 class StepTelemetry:
     """Sums over the micro-batches of one optimizer step.
 
-    telemetry = StepTelemetry(device, epsilon_high)
-    telemetry.add(scored, old_logps)   # per micro-batch, no host synchronisation
-    telemetry.read(reduce)             # once: every rank's sums, as floats
+    telemetry = StepTelemetry(device)
+    telemetry.add(scored, old_logps, metrics)   # per micro-batch, no host synchronisation
+    telemetry.read(reduce)                      # once: every rank's sums, as floats
     """
 
-    def __init__(self, device: torch.device, epsilon_high: float) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(6, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
         self._max = torch.zeros((), device=device)
         self._objective: dict[str, Tensor] = {}
-        self._log_bound = math.log1p(epsilon_high)
         self._has_ratio = False
 
     @torch.no_grad()
@@ -32,9 +30,8 @@ class StepTelemetry:
         mask = scored.mask
         log_ratio = torch.zeros_like(scored.logps) if old_logps is None else scored.logps - old_logps
         log_ratio = torch.where(mask, log_ratio, 0.0)
-        clippable = mask & ((old_logps if old_logps is not None else scored.logps) < -self._log_bound)
         self._has_ratio |= old_logps is not None
-        sums = (mask, -scored.logps, scored.entropies, scored.is_top1, log_ratio, clippable)
+        sums = (mask, -scored.logps, scored.entropies, scored.is_top1, log_ratio, log_ratio.abs())
         self._sums += torch.stack([x.sum(dtype=self._sums.dtype) for x in sums])
         if log_ratio.numel():
             self._max = torch.maximum(self._max, log_ratio.abs().max())
@@ -49,12 +46,13 @@ class StepTelemetry:
         """
         names = sorted(self._objective)
         sums = reduce(torch.cat([self._sums, *(self._objective[n].reshape(1).to(self._sums) for n in names)]), "sum")
-        tokens, nll, entropy, top1, log_ratio, clippable, *objective = sums.tolist()
+        tokens, nll, entropy, top1, log_ratio, log_ratio_abs, *objective = sums.tolist()
         counted = max(tokens, 1.0)
         ratio_metrics: dict[str, float | None] = {
             "clip_fraction": None,
-            "clippable_fraction": clippable / counted,
+            "clippable_fraction": None,
             "log_ratio_mean": log_ratio / counted,
+            "log_ratio_abs_mean": log_ratio_abs / counted,
             "log_ratio_abs_max": reduce(self._max, "max").item(),
         }
         if not self._has_ratio:
