@@ -119,6 +119,20 @@ def test_bad_input_is_one_clear_error_with_exit_code_2(
     assert not (tmp_path / "run" / "model.safetensors").exists() and not (tmp_path / "run" / "run.json").exists()
 
 
+def test_padding_free_rows_train_the_same_and_packing_is_refused(train, tmp_path, capsys):
+    """Goes red if TRL's refusal of max_length comes through, or if packed sequences see each other."""
+    assert train() == 0
+    assert train("--padding_free", "--output_dir", str(tmp_path / "free")) == 0
+    padded, free = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()] for name in ("run", "free")
+    )
+    for one, other in zip(padded, free, strict=True):
+        assert other["nll"] == pytest.approx(one["nll"], rel=1e-5) and other["tokens"] == one["tokens"]
+    assert json.loads((tmp_path / "free" / "run.json").read_text())["config"]["max_length"] == 1024
+    assert train("--packing", "--output_dir", str(tmp_path / "packed")) == 2
+    assert "padding_free" in capsys.readouterr().err
+
+
 def test_an_output_folder_with_a_run_is_not_touched(train, tmp_path, capsys):
     assert train("--max_steps", "1") == 0
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}

@@ -195,6 +195,69 @@ def test_warm_up_is_plain_sft_with_its_own_batch_and_rate_then_psft(make_trainer
     assert [r["mini_batch"] for r in rows] == [1, 1, 1, 2, 3, 4]
 
 
+def test_after_the_warm_up_the_optimizer_starts_anew_only_if_asked(make_trainer, make_tiny_model):
+    """Against two AdamW loops in plain PyTorch, one that is made anew at the switch. Goes red if the option does
+    nothing, acts at another step, or is not in run.json."""
+    settings = {
+        "sft_warmup_steps": 2, "sft_warmup_mini_batch_size": 8, "sft_warmup_learning_rate": 3e-3,
+        "learning_rate": 1e-2, "max_steps": 4, "weight_decay": 0.1, "max_grad_norm": 1e9,
+    }  # fmt: skip
+    for state in ("keep", "reset"):
+        trainer = make_trainer(state, model=make_tiny_model().double(), sft_warmup_optimizer_state=state, **settings)
+        trainer.train()
+        info = json.loads((Path(trainer.args.output_dir) / "run.json").read_text())
+        assert info["warmup"] == {
+            "steps": 2, "mini_batch_size": 8, "learning_rate": 3e-3, "optimizer_state": state
+        }  # fmt: skip
+        loader = trainer.get_train_dataloader()
+        loader.set_epoch(0)
+        model = make_tiny_model().double()
+        decayed = [p for p in model.parameters() if p.ndim > 1]
+        groups = [{"params": decayed}, {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
+
+        def new_optimizer(groups=groups):
+            return torch.optim.AdamW([dict(group) for group in groups], lr=1e-2, weight_decay=0.1)
+
+        optimizer = new_optimizer()
+        old = None
+        for step, batch in zip(range(4), loader, strict=False):
+            if step == 2 and state == "reset":
+                optimizer = new_optimizer()
+            for group in optimizer.param_groups:
+                group["lr"] = 3e-3 if step < 2 else 1e-2
+            optimizer.zero_grad()
+            logps = [logps_of(model, micro) for micro in batch["micro_batches"]]
+            count = sum(len(x) for x in logps)
+            if step == 2:
+                old = {k: v.detach().clone() for k, v in model.state_dict().items()}
+            if step == 3:
+                frozen = make_tiny_model().double()
+                frozen.load_state_dict(old)
+                ratios = [
+                    (new - logps_of(frozen, m).detach()).exp()
+                    for new, m in zip(logps, batch["micro_batches"], strict=True)
+                ]
+                (-sum(r.clamp(max=1.28).sum() for r in ratios) / count).backward()
+            else:
+                (-sum(x.sum() for x in logps) / count).backward()
+            optimizer.step()
+        want = dict(model.named_parameters())
+        assert largest_difference(weights_of(trainer), want) < 1e-5
+    assert info["warmup"]["optimizer_state"] == "reset"
+    reset = weights_of(trainer)
+    kept = make_trainer("kept", model=make_tiny_model().double(), **settings)
+    kept.train()
+    assert largest_difference(reset, weights_of(kept)) > 1e-3
+    assert json.loads((Path(kept.args.output_dir) / "run.json").read_text())["warmup"]["optimizer_state"] == "keep"
+
+
+def logps_of(model, micro):
+    """(N,) log-probs of a micro-batch's trained tokens, from full logits."""
+    logits = model(input_ids=micro["input_ids"], attention_mask=micro["attention_mask"]).logits[:, :-1]
+    labels = micro["labels"][:, 1:]
+    return logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0][labels != -100]
+
+
 def test_a_run_with_max_steps_reaches_them_although_warm_up_epochs_are_short(make_trainer):
     """Goes red if the number of epochs is reckoned from an epoch without warm-up: 32 rows, 2 warm-up steps of 16."""
     trainer = make_trainer(sft_warmup_steps=2, max_steps=9)
@@ -236,6 +299,14 @@ def test_an_output_folder_that_holds_a_run_is_left_alone(make_trainer):
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy"),
         ({"objective": "psfd"}, "Did you mean 'psft'"),
         ({"sft_warmup_learning_rate": 1e-5}, "no effect without sft_warmup_steps"),
+        ({"sft_warmup_optimizer_state": "reset"}, "no effect without sft_warmup_steps"),
+        ({"sft_warmup_steps": 2, "sft_warmup_optimizer_state": "halve"}, "keep or reset"),
+        ({"objective": "sft", "epsilon_high": 0.28}, "epsilon_high=0.28 has no effect for objective 'sft'"),
+        ({"objective": "dft", "kl_coef": 0.1}, "kl_coef=0.1 has no effect for objective 'dft'"),
+        ({"objective": "sft", "allow_ratio_noise": True}, "allow_ratio_noise has no effect"),
+        ({"ref_model_name_or_path": "."}, "ref_model_name_or_path has no effect for objective 'psft'"),
+        ({"objective": "asft", "ref_cache_dir": "."}, "streamed, not cached"),
+        ({"objective_settings": {"epsilon_high": 0.2}}, "'psft' has settings by name"),
         ({"compute_loss_func": print}, "compute_loss_func"),
         ({"per_device_train_batch_size": 3, "mini_batch_size": 4}, "contradicts"),
     ],

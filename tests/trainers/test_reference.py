@@ -151,8 +151,7 @@ def test_a_damaged_file_is_computed_again_with_a_warning(make_trainer, cache, nu
     elif damage == "flipped":
         path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     else:
-        other = LogpTable(table.values, table.offsets[:-1])
-        reference_table.write_table(path, other)
+        reference_table.write_table(path, LogpTable(table.values[: table.offsets[-2]], table.offsets[:-1]))
     again = prepared(make_trainer("two", **TARGET, ref_cache_dir=str(cache))).reference._table
     assert "are ignored" in caplog.text and len(num_scorings) == 2
     assert torch.equal(again.values, table.values) and torch.equal(again.offsets, table.offsets)
@@ -270,42 +269,43 @@ def test_a_base_with_its_adapter_off_is_a_separate_copy_of_it(make_trainer, make
                 assert off[field] == pytest.approx(separate[field], rel=1e-5, abs=1e-6)
 
 
-def test_the_policy_is_left_as_it_was(make_trainer):
-    """Goes red if a frozen adapter weight is trained after a call, a module changes mode, or the adapter stays off."""
-    trainer = make_trainer(**FULL, peft_config=LoraConfig(**LORA), gradient_checkpointing=True)
+def test_the_policy_is_left_as_it_was(make_trainer, make_tiny_model):
+    """Goes red if a frozen adapter weight is trained after a call, a module changes mode, the adapter stays off, or
+    the reference runs with dropout."""
+    policy = make_tiny_model(attention_dropout=0.5)
+    trainer = make_trainer(**FULL, model=policy, peft_config=LoraConfig(**LORA))
     model = trainer.model.train()
-    model.base_model.model.model.layers[0].self_attn.eval()
+    policy.model.layers[0].self_attn.eval()
     frozen = next(p for name, p in model.named_parameters() if "lora_A" in name).requires_grad_(False)
     modes = {name: module.training for name, module in model.named_modules()}
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     (micro_batch, *_) = next(iter(trainer.get_train_dataloader()))["micro_batches"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        reference = trainer.reference.logits(micro_batch)
-    assert not reference.hidden.requires_grad and not frozen.requires_grad and any(trained.values())
-    assert {name: module.training for name, module in model.named_modules()} == modes
-    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trained
-    assert model.get_model_status().enabled is True and model.active_adapter == "default"
-    failing = trainer._score
+    reference, again = trainer.reference.logits(micro_batch), trainer.reference.logits(micro_batch)
+    assert torch.equal(reference.hidden, again.hidden) and not reference.hidden.requires_grad
     trainer._score = lambda *args, **kwargs: 1 / 0
     with pytest.raises(ZeroDivisionError):
         trainer.reference.logits(micro_batch)
-    trainer._score = failing
-    assert model.get_model_status().enabled is True and not frozen.requires_grad
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trained
+    assert any(trained.values()) and not frozen.requires_grad
+    assert model.get_model_status().enabled is True and model.active_adapter == "default"
 
 
-def test_gradient_checkpointing_keeps_the_numbers(make_trainer):
-    """Goes red if a reference that shares the policy's layers disturbs their recomputation."""
-    for peft_config in (None, LoraConfig(**LORA)):
+def test_gradient_checkpointing_keeps_the_numbers(make_trainer, tmp_path):
+    """Goes red (a warning about inputs without gradients) if the policy scores in training mode."""
+    forms = {"k3": TARGET, "lora": {**FULL, "peft_config": LoraConfig(**LORA)}}
+    for name, settings in forms.items():
         runs = []
-        for checkpointing in (False, True):
-            trainer = make_trainer(
-                f"{checkpointing}{peft_config is None}", **FULL, peft_config=copy.deepcopy(peft_config), max_steps=3,
-                gradient_checkpointing=checkpointing,
-            )  # fmt: skip
-            trainer.train()
+        for reentrant in (None, False, True):
+            how = copy.deepcopy(settings) | ({"ref_cache_dir": str(tmp_path / str(reentrant))} if name == "k3" else {})
+            if reentrant is not None:
+                how |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+            trainer = make_trainer(f"{name}-{reentrant}", **how, max_steps=3)
+            with warnings.catch_warnings(record=True) as seen:
+                trainer.train()
+            assert not [w for w in seen if "requires_grad=True" in str(w.message)]
             runs.append([row["grad_norm"] for row in rows_of(trainer)])
-        assert runs[0] == pytest.approx(runs[1], rel=1e-5)
+        assert runs[0] == pytest.approx(runs[1], rel=1e-5) and runs[0] == pytest.approx(runs[2], rel=1e-5)
 
 
 @pytest.mark.parametrize("settings", [FULL, TARGET], ids=["full", "k3"])

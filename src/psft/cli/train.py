@@ -78,6 +78,11 @@ def read_request(argv: Sequence[str], *, command: str) -> Request:
         raise
     except (ValueError, TypeError) as error:  # transformers and TRL check their own settings this way
         raise RequestError(" ".join(str(error).split())) from error
+    if config.packing:
+        raise RequestError(
+            "packing joins rows before windows and mini-batches are counted in them. Use padding_free=true: it joins "
+            "the rows of each micro-batch, up to max_tokens_per_micro_batch."
+        )
     return Request(config, data, model, Path(str(config.output_dir)), name, dataset)
 
 
@@ -156,6 +161,9 @@ def prepare_run(request: Request) -> PreparedRun:
             revision=model.model_revision,
         )
         train = prepared.pop("train")
+        max_length = config.max_length
+        if config.padding_free:
+            config.max_length = None  # TRL refuses a limit that it cannot enforce on such rows; ours are cut already
         trainer = PSFTTrainer(
             model=weights,
             args=config,
@@ -164,6 +172,7 @@ def prepare_run(request: Request) -> PreparedRun:
             processing_class=tokenizer,
             peft_config=_lora_config(model),
         )
+        config.max_length = max_length
         trainer.schedule()  # refuses impossible batch sizes before the folder is claimed
         if trainer.is_world_process_zero():
             folder.claim(overwrite=config.overwrite_output_dir)

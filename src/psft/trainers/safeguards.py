@@ -40,6 +40,11 @@ def refuse_model(model: Any, args: PSFTConfig, *, has_router_loss: bool) -> None
             "this model adds a router auxiliary loss, which has no place in the clipped objective yet. "
             "Set router_aux_loss_coef=0."
         )
+    if args.sft_warmup_optimizer_state == "reset" and args.deepspeed:
+        raise RequestError(
+            "sft_warmup_optimizer_state=reset cannot reach the moments that DeepSpeed keeps inside its engine. Use keep, "
+            "or train the warm-up as a run of its own and go on from its weights."
+        )
     if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
         raise RequestError("prompt-learning adapters change the sequence. Use a LoRA-like adapter.")
     trained = {p.dtype for p in model.parameters() if p.requires_grad}
