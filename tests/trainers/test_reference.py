@@ -269,6 +269,27 @@ def test_a_base_with_its_adapter_off_is_a_separate_copy_of_it(make_trainer, make
                 assert off[field] == pytest.approx(separate[field], rel=1e-5, abs=1e-6)
 
 
+def test_the_reference_computes_in_the_precision_of_the_policy(make_trainer, make_tiny_model, cache):
+    """Goes red if only one of the two runs under autocast: the KL then starts at its rounding, not at zero."""
+    forms = {
+        "copy": FULL,
+        "adapter": {**FULL, "peft_config": LoraConfig(**LORA)},
+        "table": {**TARGET, "ref_cache_dir": str(cache)},
+        "given": {**TARGET, "ref_cache_dir": str(cache.with_name("other")), "ref_model": make_tiny_model()},
+    }
+    for name, settings in forms.items():
+        losses = {}
+        for bf16 in (False, True):
+            trainer = make_trainer(f"{name}{bf16}", **settings, bf16=bf16, max_steps=1)
+            trainer.train()
+            (row,) = rows_of(trainer)
+            (kl,) = (value for field, value in row.items() if field.startswith("kl_ref"))
+            # streamed: the same batch, so the same rounding; a table was computed in batches of other widths
+            assert abs(kl) < (1e-5 if bf16 and settings.get("kl_estimator") else 1e-6)
+            losses[bf16] = row["loss"]
+        assert abs(losses[True] - losses[False]) > 1e-4
+
+
 def test_the_policy_is_left_as_it_was(make_trainer, make_tiny_model):
     """Goes red if a frozen adapter weight is trained after a call, a module changes mode, the adapter stays off, or
     the reference runs with dropout."""

@@ -43,7 +43,7 @@ def reference_model(trainer: PSFTTrainer, ref_model: Any, *, needs_scores: bool,
         )
     if ref_model is not None:
         _check_given(ref_model, policy)
-        return ref_model
+        return _without_precision(ref_model)
     if is_peft_model(policy):
         if needs_scores or needs_vocabulary:
             _check_adapter(policy)
@@ -125,4 +125,11 @@ def _copy_of(policy: Any) -> Any:
         raise RequestError(
             f"{cause}, so no frozen copy can be made of it. Name the reference with ref_model_name_or_path."
         )
-    return copy.deepcopy(policy)
+    return _without_precision(copy.deepcopy(policy))
+
+
+def _without_precision(model: Any) -> Any:
+    """The model without the autocast that an earlier trainer's accelerate has put around its forward."""
+    model.forward = model.__dict__.pop("_original_forward", model.forward)
+    model._is_accelerate_prepared = False
+    return model

@@ -135,7 +135,7 @@ def _numbered(trainer: PSFTTrainer) -> NumberedRows:
     return NumberedRows(dataset)
 
 
-def _scored_rows(reference: FrozenReference, lengths: list[int]) -> Iterator[tuple[int, Tensor]]:
+def _scored_rows(reference: FrozenReference, lengths: list[int]) -> list[tuple[int, Tensor]]:
     """(row number, log-probs of its trained tokens) for this rank's share, in micro-batches of rows of like length.
 
     Every rank runs the same number of forwards, as sharded models need; the surplus ones are dropped.
@@ -155,16 +155,18 @@ def _scored_rows(reference: FrozenReference, lengths: list[int]) -> Iterator[tup
     groups = cut_by_tokens(lengths, cap, is_padded=is_padded)
     shares = range(args.process_index, len(groups) + args.process_index, args.world_size)
     is_quiet = bool(args.disable_tqdm) or not trainer.is_world_process_zero()
-    for i in tqdm(shares, desc="reference log-probs", delay=2, leave=False, disable=is_quiet):
-        (micro_batch,) = collate(dataset.__getitems__(groups[min(i, len(groups) - 1)]))["micro_batches"]
-        with reference.frozen() as model:
+    rows: list[tuple[int, Tensor]] = []
+    with reference.frozen() as model:
+        for i in tqdm(shares, desc="reference log-probs", delay=2, leave=False, disable=is_quiet):
+            (micro_batch,) = collate(dataset.__getitems__(groups[min(i, len(groups) - 1)]))["micro_batches"]
             scored = trainer._score(model, micro_batch)
-        if i >= len(groups):
-            continue
-        numbers = micro_batch[ROW_NUMBERS]
-        values, mask = scored.logps[scored.mask].float().cpu(), scored.mask.cpu()
-        if not is_padded:  # one row of all sequences; the mask lacks the very first token
-            widths = [lengths[number] for number in numbers]
-            widths[0] -= 1
-            mask = nn.utils.rnn.pad_sequence(mask[0, : sum(widths)].split(widths), batch_first=True)
-        yield from zip(numbers, values.split(mask.sum(1).tolist()), strict=True)
+            if i >= len(groups):
+                continue
+            numbers = micro_batch[ROW_NUMBERS]
+            values, mask = scored.logps[scored.mask].float().cpu(), scored.mask.cpu()
+            if not is_padded:  # one row of all sequences; the mask lacks the very first token
+                widths = [lengths[number] for number in numbers]
+                widths[0] -= 1
+                mask = nn.utils.rnn.pad_sequence(mask[0, : sum(widths)].split(widths), batch_first=True)
+            rows += zip(numbers, values.split(mask.sum(1).tolist()), strict=True)
+    return rows
