@@ -138,8 +138,22 @@ class PSFTFields(ObjectiveFields):
     )
     force_pure_bf16: bool = _setting(False, "Allow bfloat16 weights although updates at lr 1e-6 vanish in them.")
     allow_ratio_noise: bool = _setting(False, "Warn instead of stop when old pass and training pass differ.")
+    resume: bool = _setting(
+        False, "Go on with the run in output_dir from its newest complete checkpoint; begin it if there is none."
+    )
+    allow_changed: list[str] | None = _setting(
+        None,
+        "What may differ from the checkpoint a run is resumed from: data, objective, batch_sizes, world_size, seed. "
+        "The run then goes on at the next window boundary.",
+    )
+    max_bad_steps: int = _setting(
+        3, "Steps in a row with a loss or gradient that is not finite; each is passed over, this many stop the run."
+    )
     overwrite_output_dir: bool = _setting(False, "Replace the run that output_dir holds.")
 
 
 OBJECTIVE_SETTINGS = tuple(item.name for item in fields(ObjectiveFields))
 """Names of the settings that belong to objectives, each to some of them."""
+
+CHANGES = ("data", "objective", "batch_sizes", "world_size", "seed")
+"""What must be the same for a resumed run to go on to the same bits; `allow_changed` names exceptions."""

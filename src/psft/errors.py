@@ -1,4 +1,4 @@
-"""The one exception that means "the request was wrong", as opposed to "the run failed"."""
+"""Two exceptions a person is meant to read: the request was wrong, and the run failed."""
 
 
 class RequestError(ValueError):
@@ -6,3 +6,16 @@ class RequestError(ValueError):
 
     Commands print it on one line and exit with code 2; nothing has been written over when it is raised.
     """
+
+
+class RunFailed(RuntimeError):
+    """A run that was asked for rightly cannot go on: a full disk, numbers that stay bad, a lost file.
+
+    The message says what happened, what is kept, and how to go on. Commands print it on one line and exit with code 1.
+    """
+
+
+def shown(text: object, limit: int = 200) -> str:
+    """Text from outside as a message may show it: on one line, no control or direction characters, not endless."""
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text)[: limit + 1])
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."

@@ -57,7 +57,9 @@ def test_a_run_learns_and_leaves_everything_in_its_folder(train, demonstrations_
 
 def test_a_run_that_diverges_still_reports(train, capsys, tmp_path):
     """Goes red if a loss that is no number, null in summary.json, is formatted as one."""
-    assert train("--learning_rate", "1e30", "--max_grad_norm", "0") == 0
+    assert train("--learning_rate", "1e30", "--max_grad_norm", "0") == 1
+    assert "3 steps in a row" in capsys.readouterr().err
+    assert train("--learning_rate", "1e30", "--max_bad_steps", "9", "--overwrite_output_dir") == 0
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["last"]["nll"] is None
     assert "not finite" in capsys.readouterr().out
 

@@ -70,10 +70,9 @@ def test_a_target_drift_moves_the_refresh_interval(make_trainer):
 def test_a_checkpoint_holds_the_state_of_the_controller(make_trainer):
     trainer = make_trainer(max_steps=6, target_clip_fraction=0.05, save_strategy="steps", save_steps=6)
     trainer.train()
-    path = Path(trainer.args.output_dir) / "checkpoint-6" / "trust_region.json"
-    assert json.loads(path.read_text())["controller"] == json.loads(
-        json.dumps(trainer.trust_region.controller.state_dict())
-    )
+    path = Path(trainer.args.output_dir) / "checkpoint-6" / "psft_state.json"
+    state = json.loads(path.read_text())["trust_region"]
+    assert state["controller"] == json.loads(json.dumps(trainer.trust_region.controller.state_dict()))
 
 
 def test_the_warm_up_neither_moves_nor_feeds_the_controller(make_trainer):

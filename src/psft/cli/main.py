@@ -12,7 +12,7 @@ import sys
 import traceback
 
 import psft
-from psft.errors import RequestError
+from psft.errors import RequestError, RunFailed
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("psft.cli.train", "fine-tune a model on demonstrations"),
@@ -49,6 +49,9 @@ def _run(name: str, argv: list[str]) -> int:
     except RequestError as error:
         print(f"psft {name}: error: {error}", file=sys.stderr)
         return 2
+    except RunFailed as error:
+        print(f"psft {name}: failed: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"psft {name}: interrupted", file=sys.stderr)
         return 130

@@ -28,7 +28,7 @@ def run(argv: list[str]) -> int:
     run = prepare_run(request)
     run.train()
     print(f"\n{run.closing_lines()}")
-    return 0
+    return run.trainer.stop_signal.exit_code
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,14 @@ class PreparedRun:
     reports: dict[str, DataReport]
 
     def train(self) -> None:
-        """Train, measure held-out data at the end, save model, tokenizer and model card into the run folder."""
+        """Train, measure held-out data at the end, save model, tokenizer and model card into the run folder.
+
+        A run that a signal stopped leaves its last checkpoint instead.
+        """
         trainer = self.trainer
         trainer.train()
+        if trainer.stop_signal.number is not None:
+            return
         if trainer.eval_dataset and trainer.recorder.last_evaluated_step != trainer.state.global_step:
             trainer.evaluate()
             trainer.recorder.write_summary()
@@ -114,6 +119,13 @@ class PreparedRun:
             f"\n{summary['steps']} steps in {summary['wall_time_s']:.0f} s. "
             f"Model and records: {self.trainer.args.output_dir}"
         )
+        if self.trainer.stop_signal.number is not None:
+            is_kept = self.trainer.args.save_strategy != "no"
+            lines.append(
+                "Stopped by a signal. Go on with --resume."
+                if is_kept
+                else "Stopped by a signal; save_strategy=no keeps no checkpoint to go on from."
+            )
         return "\n".join(lines)
 
 
@@ -134,7 +146,8 @@ def prepare_run(request: Request) -> PreparedRun:
 
     config, data, model = request.config, request.data, request.model
     folder = RunFolder(request.output_dir)
-    if folder.holds_run() and not config.overwrite_output_dir:
+    is_resuming = bool(config.resume or config.resume_from_checkpoint) and folder.holds_run()
+    if folder.holds_run() and not config.overwrite_output_dir and not is_resuming:
         folder.claim(overwrite=False)  # raises: it holds another run
     choose_cpu_matmul_precision()
     resolve_model(request.model_name, model.model_revision)
@@ -174,7 +187,7 @@ def prepare_run(request: Request) -> PreparedRun:
         )
         config.max_length = max_length
         trainer.schedule()  # refuses impossible batch sizes before the folder is claimed
-        if trainer.is_world_process_zero():
+        if trainer.is_world_process_zero() and not is_resuming:
             folder.claim(overwrite=config.overwrite_output_dir)
             if rejected.exists():
                 shutil.move(rejected, folder.path / "rejected.jsonl")

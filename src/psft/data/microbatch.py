@@ -64,6 +64,20 @@ def cut_by_tokens(lengths: Sequence[int], max_tokens: int, *, is_padded: bool = 
     return groups
 
 
+def empty_micro_batch(like: dict[str, Any]) -> dict[str, Any]:
+    """A micro-batch that trains nothing, for a rank that has fewer than the others: one row of `like`, unlabelled.
+
+    A padding-free row cannot be cut without its neighbours' positions, so it stays whole.
+    """
+    is_padded = "attention_mask" in like
+    rows = {
+        name: value[:1] if is_padded and hasattr(value, "shape") else value
+        for name, value in like.items()
+        if name != ROW_NUMBERS
+    }
+    return {**rows, "labels": rows["labels"].new_full(rows["labels"].shape, -100), ROW_NUMBERS: []}
+
+
 class MiniBatchCollator:
     """Collate rows of one mini-batch into a list of micro-batches.
 

@@ -61,8 +61,8 @@ class RunFolder:
             raise RequestError(f"output_dir {self.path} is a file. Give a folder, e.g. --output_dir {self.path}-run.")
         if self.holds_run() and not overwrite:
             raise RequestError(
-                f"output_dir {self.path} holds another run. Choose another --output_dir, or replace it with"
-                " --overwrite_output_dir."
+                f"output_dir {self.path} holds another run. Go on with it by --resume, choose another --output_dir, or "
+                "replace it with --overwrite_output_dir."
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -88,17 +88,7 @@ class RunFolder:
         path = self.path / name
         text = json.dumps(to_json(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         self.path.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=self.path, prefix=f".{name}.", suffix=".part")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it private; a run is as readable as any other file
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        _replace(path, text.encode())
         return path
 
     def read_json(self, name: str) -> dict[str, Any]:
@@ -131,6 +121,17 @@ class RunFolder:
         _cut_torn_end(path)
         with open(path, "ab", buffering=0) as file:
             file.write(line)
+
+    def cut_back(self, step: int) -> None:
+        """Remove the rows of metrics.jsonl and eval.jsonl that were written after `step`, as a resumed run repeats
+        them. A file is replaced whole or stays as it was."""
+        for name in ("metrics.jsonl", "eval.jsonl"):
+            rows = self.read_rows(name)
+            kept = [row for row in rows if row.get("step", 0) <= step]
+            path = self.path / name
+            if path.exists():
+                lines = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in kept)
+                _replace(path, lines)
 
     def read_rows(self, name: str) -> list[dict[str, Any]]:
         """All whole rows of a .jsonl file, none if it is missing. A last line without its newline is torn and left out.
@@ -179,6 +180,21 @@ def to_json(value: Any) -> Any:
     if hasattr(value, "tolist"):  # numpy and torch, without importing either
         return to_json(value.tolist())
     return str(value)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file that is never seen half written: a temporary one beside it, then a rename."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it private; a run is as readable as any other file
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def _umask() -> int:

@@ -35,6 +35,6 @@ def aggregation_normalizer(aggregation: str, mask: Tensor, num_tokens: Tensor, s
         num_tokens: scalar, trained tokens of the step over all ranks.
         share: the micro-batch's rows over those of this rank's part of the step.
     """
-    if aggregation == "token_mean_global":
+    if aggregation == "token_mean_global" or share == 0:  # an empty micro-batch has nothing to average
         return num_tokens
     return mask.sum().clamp(min=1) * world_size / share

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import trl
 
-from psft.config import OBJECTIVE_SETTINGS, PSFTFields
+from psft.config import CHANGES, OBJECTIVE_SETTINGS, PSFTFields
 from psft.errors import RequestError
 from psft.objectives import Objective, resolve_objective
 from psft.ops.precision import has_native_bf16
@@ -41,6 +41,7 @@ class PSFTConfig(PSFTFields, trl.SFTConfig):  # type: ignore[misc]  # train_batc
     """
 
     def __post_init__(self) -> None:
+        self.logging_nan_inf_filter = False  # a loss that is not finite is shown, and its step passed over
         if self.bf16 is None and not self.fp16:
             self.bf16 = has_native_bf16()
         if not torch.accelerator.is_available():
@@ -159,6 +160,15 @@ class PSFTConfig(PSFTFields, trl.SFTConfig):  # type: ignore[misc]  # train_batc
 
     def _refusals(self) -> list[str]:
         problems = []
+        if self.max_bad_steps < 1:
+            problems.append(f"max_bad_steps={self.max_bad_steps} must be 1 or more")
+        unknown = [name for name in self.allow_changed or [] if name not in CHANGES]
+        if unknown:
+            problems.append(f"allow_changed={','.join(unknown)} is not known; it is any of {', '.join(CHANGES)}")
+        if self.allow_changed and not (self.resume or self.resume_from_checkpoint):
+            problems.append("allow_changed has no effect without resume. Remove it")
+        if self.resume and self.overwrite_output_dir:
+            problems.append("resume goes on with the run in output_dir and overwrite_output_dir removes it. Give one")
         if self.max_tokens_per_micro_batch != "auto":
             try:
                 self.max_tokens_per_micro_batch = int(self.max_tokens_per_micro_batch)

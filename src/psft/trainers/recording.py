@@ -13,13 +13,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from psft.errors import RequestError
 from psft.runs import RunFolder, command_line, describe_environment
+from psft.runs.checkpoints import remove_leftovers
 from psft.trainers.evaluation import HeldOutResult
 from psft.trainers.telemetry import StepTelemetry
 from psft.window import Step
 
 if TYPE_CHECKING:
     from psft.trainers.psft_trainer import PSFTTrainer
+
+
+_NOTED = ("nll", "entropy", "clip_fraction", "grad_norm")
+"""Metrics whose first and last value the summary holds."""
 
 
 class RunRecorder:
@@ -36,7 +42,7 @@ class RunRecorder:
         self.last_evaluated_step: int | None = None
         self.extra: dict[str, Any] = {}
         self.measured_names: list[str] = []  # of the last step: what the trackers are told
-        self._loss: Tensor | None = None
+        self.loss: Tensor | None = None
         self._step_started = self._train_started = self._wall_time_s = 0.0
         self._exit_reason = "not started"
         self._first: dict[str, Any] = {}
@@ -44,17 +50,28 @@ class RunRecorder:
         self._best: dict[str, Any] = {}
 
     @contextlib.contextmanager
-    def recording(self) -> Iterator[None]:
-        """Claim the folder, write run.json, and write summary.json however the run ends."""
+    def recording(self, *, resumed_at: int | None = None) -> Iterator[None]:
+        """Claim the folder, write run.json, and write summary.json however the run ends.
+
+        Args:
+            resumed_at: the step of the checkpoint a run goes on from, 0 for its beginning: what was recorded later is
+                cut off, as it will be repeated. None = a new run.
+        """
         if self._writes:
-            if not self.is_claimed:
-                self.folder.claim(overwrite=self.trainer.args.overwrite_output_dir)
+            if resumed_at is not None and self.folder.holds_run():
                 self.is_claimed = True
-            self.folder.write_json("run.json", self._run_info())
+                self._go_on(resumed_at)
+            else:
+                if not self.is_claimed:
+                    self.folder.claim(overwrite=self.trainer.args.overwrite_output_dir)
+                    self.is_claimed = True
+                self.folder.write_json("run.json", self._run_info())
         self._train_started = time.monotonic()
         self._exit_reason = "finished"
         try:
             yield
+            if self.trainer.stop_signal.number is not None:
+                self._exit_reason = "interrupted"
         except KeyboardInterrupt:
             self._exit_reason = "interrupted"
             raise
@@ -62,8 +79,36 @@ class RunRecorder:
             self._exit_reason = f"failed: {type(error).__name__}: {error}"
             raise
         finally:
-            self._wall_time_s = time.monotonic() - self._train_started
+            self._wall_time_s += time.monotonic() - self._train_started
             self.write_summary()
+
+    def _go_on(self, step: int) -> None:
+        """Cut the records back to `step` and take up what they say; run.json keeps how the run began."""
+        remove_leftovers(self.folder.path)
+        self.folder.cut_back(step)
+        for row in self.folder.read_rows("metrics.jsonl"):
+            self._note("", {k: row[k] for k in _NOTED if row.get(k) is not None})
+        for row in self.folder.read_rows("eval.jsonl"):
+            if row.get("value") is not None:
+                self._note(f"{row['benchmark']}_", {row["metric"]: row["value"]})
+        info = self._run_info()
+        if (self.folder.path / "run.json").exists():
+            began = self.folder.read_json("run.json")
+            self.trainer.bad_steps.found = [b for b in began.get("bad_steps", []) if b["step"] <= step]
+            info |= {name: began[name] for name in ("command", "started_at") if name in began}
+            info |= {name: value for name, value in began.items() if name not in info}
+            info["bad_steps"] = self.trainer.bad_steps.found
+            again = {"step": step, "at": info_now(), "command": command_line(), "world_size": info["world_size"]}
+            info["resumed"] = [*began.get("resumed", []), again]
+        with contextlib.suppress(RequestError):
+            self._wall_time_s = float(self.folder.read_json("summary.json").get("wall_time_s") or 0.0)
+        self.folder.write_json("run.json", info)
+
+    def write_bad_steps(self) -> None:
+        """Name the steps that were passed over in run.json."""
+        if self._writes and self.is_claimed:
+            info = self.folder.read_json("run.json")
+            self.folder.write_json("run.json", {**info, "bad_steps": self.trainer.bad_steps.found})
 
     def write_summary(self) -> dict[str, Any]:
         """Write summary.json from what is known now, and return it; again after a later measurement."""
@@ -81,7 +126,7 @@ class RunRecorder:
 
     def loss_seen(self, telemetry: StepTelemetry, loss: Tensor) -> None:
         """Keep what `training_step` measured until the optimizer has stepped; still on the device."""
-        self.telemetry, self._loss = telemetry, loss
+        self.telemetry, self.loss = telemetry, loss
 
     def step_begins(self) -> None:
         self._step_started = time.monotonic()
@@ -90,10 +135,10 @@ class RunRecorder:
         self, step: Step, grad_norm: Any, learning_rate: float | None, reduce: Callable[[Tensor, str], Tensor]
     ) -> dict[str, Any]:
         """Read the step's telemetry (the one host synchronisation of a step) and append its row."""
-        assert self.telemetry is not None and self._loss is not None
+        assert self.telemetry is not None and self.loss is not None
         measured = self.telemetry.read(reduce)
         self.measured_names = [name for name in measured if name != "tokens"]
-        loss = reduce(self._loss, "sum").item() / self.trainer.args.world_size
+        loss = reduce(self.loss, "sum").item() / self.trainer.args.world_size
         self.telemetry = None
         state = self.trainer.state
         row = {
@@ -110,7 +155,7 @@ class RunRecorder:
             "tokens_per_second": (measured["tokens"] or 0) / max(time.monotonic() - self._step_started, 1e-9),
             "peak_memory_bytes": peak_memory_bytes(self.trainer.args.device),
         }
-        self._note("", {k: row[k] for k in ("nll", "entropy", "clip_fraction", "grad_norm") if row.get(k) is not None})
+        self._note("", {k: row[k] for k in _NOTED if row.get(k) is not None})
         if self._writes:
             self.folder.append("metrics.jsonl", row)
         return row
@@ -166,7 +211,7 @@ class RunRecorder:
         args = self.trainer.args
         return {
             "command": command_line(),
-            "started_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "started_at": info_now(),
             "seed": args.seed,
             "objective": {"name": self.trainer.objective.name, "settings": dict(self.trainer.objective.settings)},
             "config": args.to_sanitized_dict() | {"train_batch_size": args.train_batch_size},
@@ -178,6 +223,11 @@ class RunRecorder:
             "environment": describe_environment(),
             **self.extra,
         }
+
+
+def info_now() -> str:
+    """The time, UTC, ISO 8601."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,12 +20,14 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from psft.errors import RequestError
 from psft.ops import ReferenceLogits
 from psft.trainers.head import add_token_scoring, logit_transform
-from psft.trainers.reference_cache import LogpTable
+from psft.trainers.reference_cache import LogpTable, read_table, write_table
 from psft.trainers.reference_model import base_of, base_state, reference_model
 from psft.trainers.reference_table import COLUMN, column_names, table_from_cache_or_model, table_from_column
 
 if TYPE_CHECKING:
     from psft.trainers.psft_trainer import PSFTTrainer
+
+TABLE_FILE = "ref_logps.safetensors"  # in a checkpoint
 
 
 class FrozenReference:
@@ -108,6 +111,17 @@ class FrozenReference:
                 self._give_back()
         if objective.needs_ref_vocabulary:
             self.place()
+
+    def save(self, folder: Path) -> None:
+        """Put the table into a checkpoint: a policy that has moved on cannot score the training set again."""
+        if self._table is not None:
+            write_table(folder / TABLE_FILE, self._table)
+
+    def restore(self, folder: Path) -> None:
+        """Take the table from a checkpoint, if it holds one."""
+        path = folder / TABLE_FILE
+        if path.exists():
+            self._table = read_table(path, num_rows=len(self.trainer.train_dataset))
 
     def logits(self, micro_batch: dict[str, Any]) -> ReferenceLogits:
         """What gives the reference's logits at the micro-batch's trained tokens, row by row of labels[:, 1:]."""

@@ -50,6 +50,8 @@ class LogpTable:
         """The values of these rows, joined in the order given."""
         rows = torch.tensor(row_numbers, dtype=torch.long)
         starts, stops = self.offsets[rows].tolist(), self.offsets[rows + 1].tolist()
+        if not row_numbers:  # an empty micro-batch, which keeps ranks in step
+            return self.values[:0]
         return torch.cat([self.values[start:stop] for start, stop in zip(starts, stops, strict=True)])
 
     @classmethod

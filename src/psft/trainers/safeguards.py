@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 
+from psft.data.table import row_lengths
 from psft.errors import RequestError
 from psft.trainers.head import ScoredTokens
 from psft.trainers.psft_config import PSFTConfig
@@ -42,8 +44,8 @@ def refuse_model(model: Any, args: PSFTConfig, *, has_router_loss: bool) -> None
         )
     if args.sft_warmup_optimizer_state == "reset" and args.deepspeed:
         raise RequestError(
-            "sft_warmup_optimizer_state=reset cannot reach the moments that DeepSpeed keeps inside its engine. Use keep, "
-            "or train the warm-up as a run of its own and go on from its weights."
+            "sft_warmup_optimizer_state=reset cannot reach the moments that DeepSpeed keeps inside its engine. Use "
+            "keep, or train the warm-up as a run of its own and go on from its weights."
         )
     if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
         raise RequestError("prompt-learning adapters change the sequence. Use a LoRA-like adapter.")
@@ -56,6 +58,39 @@ def refuse_model(model: Any, args: PSFTConfig, *, has_router_loss: bool) -> None
             "away and nothing is learnt. Load the model in float32 (bf16=True still computes in bfloat16), or set "
             "force_pure_bf16=true."
         )
+
+
+def check_longest_row(trainer: Any) -> None:
+    """Raise `RequestError` for a row over the hard cap now, and not when its turn comes, in a worker, hours later."""
+    cap = trainer.args.max_tokens_per_micro_batch
+    if cap == "auto":
+        return
+    longest, number = max(((length, -i) for i, length in enumerate(row_lengths(trainer.train_dataset))))
+    if longest > cap:
+        raise RequestError(
+            f"max_tokens_per_micro_batch={cap} is a hard cap, but a training sequence has {longest} tokens "
+            f"(row {-number}). Raise it to at least {longest}, or lower max_length."
+        )
+
+
+def check_free_space(trainer: Any) -> None:
+    """Raise `RequestError` if the disk of `output_dir` has no room for one checkpoint: weights and AdamW's moments."""
+    args = trainer.args
+    if args.save_strategy == "no" or not args.should_save:
+        return
+    trained = sum(p.numel() * p.element_size() for p in trainer.model.parameters() if p.requires_grad)
+    weights = trained if is_peft_model(trainer.model) else _size_of(trainer.model)
+    needed = weights + (0 if args.save_only_model else 2 * trained)
+    free = shutil.disk_usage(args.output_dir).free
+    if free < needed:
+        raise RequestError(
+            f"a checkpoint takes about {needed / 2**30:.1f} GiB and {args.output_dir} has {free / 2**30:.1f} GiB left. "
+            "Make room, name another --output_dir, or set save_strategy=no."
+        )
+
+
+def _size_of(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def switch_dropout_off(model: nn.Module) -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-from pathlib import Path
 from typing import Any
 
+from psft.errors import RequestError
 from psft.objectives import Objective
 from psft.trainers.psft_config import PSFTConfig
 from psft.window import Step, TrustRegionController
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "trust_region.json"
 _RADII = ("epsilon_high", "tv_delta")
 _SMALLEST_RADIUS = 1e-6  # below it the bound is in the rounding of float32 log-probs
 _MOST_WINDOW_GROWTH = 8  # times the configured window; its micro-batches and old log-probs are kept in memory
@@ -58,7 +56,7 @@ class TrustRegion:
     def num_mini_batches(self, first: Step) -> int:
         """Mini-batches of the window that begins with step `first`."""
         if self.controller is None or self.controller.adjusts != "window" or first.is_warmup:
-            return first.num_mini_batches
+            return first.num_mini_batches - first.mini_batch + 1
         return self.controller.num_mini_batches
 
     def labelled(self, steps: list[Step]) -> list[Step]:
@@ -97,8 +95,22 @@ class TrustRegion:
                 self.controller.target,
             )  # fmt: skip
 
-    def save(self, folder: Path) -> None:
-        """Write the controller's state into a checkpoint; nothing without a controller."""
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs to go on alike; survives JSON."""
+        return {
+            "controller": None if self.controller is None else self.controller.state_dict(),
+            "num_windows": self._num_windows,
+            "is_cut_short": self._is_cut_short,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises RequestError: the controller's target or what it moves is another now."""
+        has_state = state["controller"] is not None
+        if has_state != (self.controller is not None):
+            raise RequestError(
+                f"the run was {'' if has_state else 'not '}steered by a controller. "
+                f"{'Give' if has_state else 'Leave out'} target_clip_fraction or target_drift, as before."
+            )
         if self.controller is not None:
-            state = {"controller": self.controller.state_dict(), "num_windows": self._num_windows}
-            (folder / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+            self.controller.load_state_dict(state["controller"])
+        self._num_windows, self._is_cut_short = state["num_windows"], state["is_cut_short"]

@@ -39,6 +39,11 @@ class Window:
     def is_spent(self) -> bool:
         return self.cursor == len(self.steps)
 
+    @property
+    def mini_batch(self) -> list[MicroBatch]:
+        """Micro-batches of the mini-batch last taken."""
+        return self.mini_batches[self.cursor - 1]
+
     def take(self) -> tuple[Step, list[MicroBatch]]:
         """The next mini-batch; the window drops its own reference once the following one is taken."""
         assert not self.is_spent, "every mini-batch of this window has been trained"
@@ -51,6 +56,20 @@ class Window:
         """Keep (B, T) log-probs of the old policy, in nats, for 0-based mini-batch and micro-batch numbers."""
         assert mini_batch >= self.cursor, "the old policy is gone once a mini-batch has been trained"
         self._old_logps[mini_batch, micro_batch] = logps.detach().float()
+
+    def remaining(self) -> tuple[list[Step], list[list[MicroBatch]], dict[tuple[int, int], Tensor]]:
+        """What is still to be trained, numbered from 0: steps, micro-batches and their old log-probs."""
+        later = {(k - self.cursor, i): x for (k, i), x in self._old_logps.items() if k >= self.cursor}
+        return self.steps[self.cursor :], self.mini_batches[self.cursor :], later
+
+    @classmethod
+    def resumed(
+        cls, steps: list[Step], mini_batches: list[list[MicroBatch]], old_logps: dict[tuple[int, int], Tensor]
+    ) -> Window:
+        """The rest of a window whose first mini-batches were trained before a checkpoint: `remaining`, put back."""
+        window = cls(steps, mini_batches)
+        window._old_logps = dict(old_logps)
+        return window
 
     def old_logps(self, micro_batch: int) -> Tensor | None:
         """Stored log-probs of a micro-batch of the mini-batch last taken; None where no old pass was needed."""

@@ -1,0 +1,235 @@
+"""What a checkpoint holds beside the Hugging Face Trainer's files, so that a run goes on to the same bits.
+
+The place in the data, what is left of the open window with its old log-probs, the trust region, the reference's scores,
+and the identity of the run: what must be the same for the numbers to go on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from psft.config import CHANGES
+from psft.data.table import dataset_digest
+from psft.errors import RequestError
+from psft.runs.checkpoints import Checkpoint, newest_complete, what_is_wrong
+from psft.runs.folder import to_json
+from psft.window import Step, Window
+
+if TYPE_CHECKING:
+    from psft.trainers.psft_trainer import PSFTTrainer
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "psft_state.json"
+_FORMAT = 1
+_WATCHED = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "num_train_epochs",
+    "max_steps", "bf16", "fp16", "adam_beta1", "adam_beta2", "optim", "gradient_checkpointing",
+)  # fmt: skip
+"""Settings a person may change on purpose: announced, not refused."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where in the data a run stands: optimizer steps of `epoch` (0-based) that are done, and rows they took."""
+
+    epoch: int
+    step_in_epoch: int
+    row: int
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """One complete checkpoint, read.
+
+    is_exact: nothing that `CHANGES` lists differs, so the open window goes on where it was; else it is dropped and the
+    run restarts at the next window boundary.
+    """
+
+    path: Path
+    step: int
+    position: Position
+    is_exact: bool
+    state: Mapping[str, Any]
+
+    def open_window(self, trainer: PSFTTrainer) -> tuple[list[Step], list[list[list[int]]], dict[Any, Tensor]] | None:
+        """Steps, row numbers by micro-batch and old log-probs of what was left of the window, or None."""
+        path = self.path / _window_file(trainer.args.process_index)
+        if not self.is_exact or not path.exists():
+            return None
+        with safe_open(path, framework="pt") as file:
+            layout = json.loads(file.metadata()["layout"])
+            old_logps = {tuple(map(int, key.split("."))): file.get_tensor(key) for key in file.keys()}
+        return [Step(**step) for step in layout["steps"]], layout["rows"], old_logps
+
+
+def identity_of(trainer: PSFTTrainer) -> dict[str, Any]:
+    """What the numbers of a run follow from, by the names of `CHANGES`, and the settings that are watched."""
+    args = trainer.args
+    return to_json(
+        {
+            "data": dataset_digest(trainer.train_dataset),
+            "objective": {"name": trainer.objective.name, **trainer.objective.settings},
+            "batch_sizes": {
+                name: getattr(args, name)
+                for name in (
+                    "train_batch_size", "mini_batch_size", "max_tokens_per_micro_batch", "padding_free",
+                    "sft_warmup_steps", "sft_warmup_mini_batch_size", "dataloader_drop_last", "loss_aggregation",
+                )
+            },
+            "world_size": args.world_size,
+            "seed": {"seed": args.seed, "data_seed": args.data_seed, "order": args.train_sampling_strategy},
+            "watched": {name: getattr(args, name) for name in _WATCHED},
+        }
+    )  # fmt: skip
+
+
+def save_state(trainer: PSFTTrainer, folder: Path, position: Position, window: Window | None) -> None:
+    """Write this rank's part of the state into a checkpoint's folder, and on the first rank the common part."""
+    args = trainer.args
+    if window is not None and not window.is_spent:
+        steps, mini_batches, old_logps = window.remaining()
+        rows = [[list(micro_batch["row_numbers"]) for micro_batch in mini_batch] for mini_batch in mini_batches]
+        layout = json.dumps({"steps": [asdict(step) for step in steps], "rows": rows})
+        tensors = {f"{k}.{i}": logps.cpu().contiguous() for (k, i), logps in old_logps.items()}
+        save_file(tensors, folder / _window_file(args.process_index), metadata={"layout": layout})
+    if not trainer.is_world_process_zero():
+        return
+    if trainer.reference is not None:
+        trainer.reference.save(folder)
+    state = {
+        "format": _FORMAT,
+        "step": trainer.state.global_step,
+        "position": asdict(position),
+        "identity": trainer.identity,
+        "trust_region": trainer.trust_region.state_dict(),
+        "num_train_tokens": trainer._total_train_tokens,
+        "bad_steps_in_a_row": trainer.bad_steps.in_a_row,
+    }
+    (folder / STATE_FILE).write_text(json.dumps(state, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def find_checkpoint(trainer: PSFTTrainer, named: str | Path | None) -> Path | None:
+    """The checkpoint to go on from: the one that is named, or the newest complete one; None to begin at the start.
+
+    Raises:
+        RequestError: the named one is missing or incomplete.
+    """
+    if named is not None:
+        path = Path(named)
+        problem = what_is_wrong(path) if path.is_dir() else "there is no such folder"
+        if problem is not None:
+            raise RequestError(
+                f"checkpoint {path} cannot be resumed from: {problem}. Name another, or let --resume choose."
+            )
+        return path
+    found: tuple[Checkpoint | None, list[Checkpoint]]
+    found = newest_complete(Path(str(trainer.args.output_dir)))
+    chosen, passed_over = found
+    for checkpoint in passed_over:
+        logger.warning("checkpoint %s is passed over: %s.", checkpoint.path, checkpoint.problem)
+    if chosen is None:
+        logger.warning("no complete checkpoint in %s: the run starts at the beginning.", trainer.args.output_dir)
+        return None
+    return chosen.path
+
+
+def read_resume_point(trainer: PSFTTrainer, path: Path) -> ResumePoint:
+    """Read a checkpoint and hold it against the run that is to go on from it.
+
+    Raises:
+        RequestError: it holds no state of psft, or something of `CHANGES` differs and `allow_changed` does not name it.
+    """
+    try:
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"checkpoint {path} holds no {STATE_FILE} of a psft run ({type(error).__name__}). To start a new run from "
+            "its weights give it as --model_name_or_path."
+        ) from error
+    if state.get("format") != _FORMAT:
+        raise RequestError(
+            f"checkpoint {path} has format {state.get('format')}; this version reads {_FORMAT}. Resume it with the "
+            "version that wrote it, or start a new run from its weights."
+        )
+    before, now = state["identity"], trainer.identity
+    changed = [name for name in CHANGES if before[name] != now[name]]
+    allowed = set(trainer.args.allow_changed or [])
+    refused = [name for name in changed if name not in allowed]
+    if refused:
+        differences = "; ".join(f"{name}: {_difference(before[name], now[name])}" for name in refused)
+        raise RequestError(
+            f"this is not the run that {path} was written by. {differences}. Give what it had, or go on all the same, "
+            f"from the next window on, with --allow_changed {','.join(refused)}."
+        )
+    watched = {n: (before["watched"].get(n), v) for n, v in now["watched"].items() if before["watched"].get(n) != v}
+    for name, (old, new) in watched.items():
+        logger.warning("%s was %s and is %s now: the run goes on, but not to the same bits.", name, old, new)
+    position = Position(**state["position"])
+    if changed:
+        position = _next_boundary(trainer, position, is_other_data="data" in changed)
+        logger.warning(
+            "%s changed: the open window is dropped and the run goes on at the next window boundary, "
+            "step %d of epoch %d.",
+            ", ".join(changed),
+            position.step_in_epoch,
+            position.epoch,
+        )
+    return ResumePoint(path, int(state["step"]), position, not changed, state)
+
+
+def position_after(trainer: PSFTTrainer, epoch: int, step: Step | None, num_steps: int) -> Position:
+    """The position once `step`, the last of `num_steps` done in `epoch`, is done."""
+    if step is None:
+        return Position(epoch, 0, 0)
+    if num_steps >= len(trainer.schedule().epoch(epoch)):
+        return Position(epoch + 1, 0, 0)
+    return Position(epoch, num_steps, step.stop)
+
+
+def _next_boundary(trainer: PSFTTrainer, position: Position, *, is_other_data: bool) -> Position:
+    """The first step at or after the position at which a window of the present schedule begins."""
+    if is_other_data:
+        return position if position.row == 0 else Position(position.epoch + 1, 0, 0)
+    for number, step in enumerate(trainer.schedule().epoch(position.epoch)):
+        if step.mini_batch == 1 and step.start >= position.row:
+            return Position(position.epoch, number, step.start)
+    return Position(position.epoch + 1, 0, 0)
+
+
+def _difference(before: Any, now: Any) -> str:
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+        return ", ".join(f"{name} was {before.get(name)} and is {now.get(name)}" for name in names)
+    if isinstance(before, str) and len(before) == 64:
+        return "the training rows are others than they were"
+    return f"it was {before} and is {now}"
+
+
+def _window_file(rank: int) -> str:
+    return f"psft_window-rank{rank}.safetensors"
+
+
+def check_layout(rows: list[list[list[int]]], mini_batches: list[list[dict[str, Any]]]) -> None:
+    """Raise `RequestError` unless the mini-batches drawn anew are those the checkpoint's window holds."""
+    drawn = [[list(micro_batch["row_numbers"]) for micro_batch in mini_batch] for mini_batch in mini_batches]
+    if drawn != rows:
+        raise RequestError(
+            "the rest of the open window cannot be drawn again as it was: its rows fall into other micro-batches now. "
+            "Give the same max_tokens_per_micro_batch and data collator, or --allow_changed batch_sizes."
+        )
+
+
+def to_device(old_logps: dict[Any, Tensor], device: torch.device) -> dict[Any, Tensor]:
+    """Old log-probs where the training pass wants them."""
+    return {key: value.to(device) for key, value in old_logps.items()}

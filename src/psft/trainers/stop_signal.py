@@ -1,0 +1,68 @@
+"""Ctrl-C and a scheduler's SIGTERM: finish the step, write a checkpoint, stop. A second one stops at once."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopSignal(TrainerCallback):
+    """Listens while training runs. number: the signal that stopped the run, or None.
+
+    With many processes a signal may reach one of them alone; they agree after every step, so that all stop together.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell expects of a program that a signal ended: 128 + its number; 0 without one."""
+        return 0 if self.number is None else 128 + self.number
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the signals over from the interpreter, and give them back. Elsewhere than in the main thread: no-op."""
+        self.number = None
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._received) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _received(self, number: int, frame: FrameType | None) -> None:
+        if self.number is not None:
+            os._exit(128 + number)
+        self.number = number
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: finishing this step and writing a checkpoint; once more stops at once.\n".encode())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        number = self.number or 0
+        if args.world_size > 1:
+            received = torch.tensor(number, device=args.device)
+            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+            number = int(received)
+        if number:
+            self.number = number
+            control.should_save = args.save_strategy != "no"
+            control.should_evaluate = False
+            control.should_training_stop = True
+        return control
