@@ -59,6 +59,20 @@ class ModelArguments:
 
 
 @dataclass(kw_only=True)
+class LaunchArguments:
+    """How many processes train together."""
+
+    num_processes: int | None = _setting(
+        None, "Processes that train together, one a device. Default: one; with accelerate, one for each device found."
+    )
+    accelerate: str | None = _setting(
+        None,
+        "How they share the model: ddp (a copy each, the default), fsdp2, zero2 or zero3 (cut up between them), or an "
+        "accelerate configuration FILE.yaml.",
+    )
+
+
+@dataclass(kw_only=True)
 class ObjectiveFields:
     """Settings of the objectives. None = the objective's own default; one it does not take is refused."""
 
@@ -145,6 +159,9 @@ class PSFTFields(ObjectiveFields):
         None,
         "What may differ from the checkpoint a run is resumed from: data, objective, batch_sizes, world_size, seed. "
         "The run then goes on at the next window boundary.",
+    )
+    deterministic: bool | None = _setting(
+        None, "Use only kernels that give the same bits every time. Default: on a CPU, where it costs nothing."
     )
     max_bad_steps: int = _setting(
         3, "Steps in a row with a loss or gradient that is not finite; each is passed over, this many stop the run."

@@ -1,9 +1,12 @@
 """Which floating-point modes this machine does well."""
 
 import contextlib
+import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+import torch.utils.deterministic
 
 
 def has_native_bf16() -> bool:
@@ -33,6 +36,31 @@ def choose_cpu_matmul_precision() -> str:
     if error > 1e-5:
         torch.set_float32_matmul_precision("highest")
     return torch.get_float32_matmul_precision()
+
+
+@contextlib.contextmanager
+def deterministic(is_wanted: bool) -> Iterator[None]:
+    """Only kernels whose result does not depend on the order of threads, restored afterwards; no-op unless wanted.
+
+    On CUDA some cost time, and an operation that has no such kernel raises, naming itself.
+    """
+    if not is_wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    fills = memory.fill_uninitialized_memory
+    benchmark = torch.backends.cudnn.benchmark
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts; it is needed there
+    torch.use_deterministic_algorithms(True)
+    memory.fill_uninitialized_memory = False  # nothing here reads memory before writing it
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        memory.fill_uninitialized_memory = fills
+        torch.backends.cudnn.benchmark = benchmark
 
 
 @contextlib.contextmanager

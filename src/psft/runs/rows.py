@@ -108,6 +108,12 @@ class RunInfo(TypedDict, total=False):
     num_train_rows: int
     world_size: int
     """Processes that trained together."""
+    deterministic: bool
+    """Whether only kernels that give the same bits every time were used."""
+    bad_steps: list[dict[str, Any]]
+    """Steps that were passed over because loss or gradient was not finite: step, loss, grad_norm, rows."""
+    resumed: list[dict[str, Any]]
+    """One entry each time the run was taken up again: the step, when, the command, the number of processes."""
     environment: dict[str, Any]
     """What `describe_environment` returns."""
 

@@ -49,6 +49,8 @@ class PSFTConfig(PSFTFields, trl.SFTConfig):  # type: ignore[misc]  # train_batc
         with warnings.catch_warnings():  # TRL itself still sets the name that transformers renamed
             warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated")
             super().__post_init__()
+        if self.deterministic is None:
+            self.deterministic = self.device.type == "cpu"
         problems = [*self._resolve_batch_sizes(), *self._resolve_objective(), *self._refusals()]
         if problems:
             raise RequestError("; ".join(problems))

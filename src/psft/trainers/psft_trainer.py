@@ -24,6 +24,7 @@ from trl import SFTTrainer
 from psft.data.microbatch import ROW_NUMBERS, MiniBatchCollator, NumberedRows, empty_micro_batch
 from psft.errors import RequestError, RunFailed
 from psft.objectives import Objective, ObjectiveOutput, sft_loss
+from psft.ops.precision import deterministic
 from psft.runs.checkpoints import publish, rotate, staging_root
 from psft.trainers.bad_steps import BadSteps
 from psft.trainers.evaluation import token_mean_evaluation
@@ -516,7 +517,11 @@ class PSFTTrainer(SFTTrainer):
         evaluates_at_start, self.args.eval_on_start = self.args.eval_on_start, self.args.eval_on_start and path is None
         try:
             step = (0 if self._resume is None else self._resume.step) if is_resuming else None
-            with self.recorder.recording(resumed_at=step), self.stop_signal.listening():
+            with (
+                deterministic(bool(self.args.deterministic)),
+                self.recorder.recording(resumed_at=step),
+                self.stop_signal.listening(),
+            ):
                 check_free_space(self)
                 return super().train(None if path is None else str(path), *args, **kwargs)
         finally:

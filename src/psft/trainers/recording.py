@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from psft.errors import RequestError
+from psft.errors import RequestError, RunFailed
 from psft.runs import RunFolder, command_line, describe_environment
 from psft.runs.checkpoints import remove_leftovers
 from psft.trainers.evaluation import HeldOutResult
@@ -77,10 +77,16 @@ class RunRecorder:
             raise
         except BaseException as error:
             self._exit_reason = f"failed: {type(error).__name__}: {error}"
+            failure = self._in_words(error)
+            if failure is not None:
+                raise failure from error
             raise
         finally:
             self._wall_time_s += time.monotonic() - self._train_started
-            self.write_summary()
+            is_failing = self._exit_reason.startswith("failed")
+            # The disk may be what failed; and torch's handler speaks of a dead worker at any moment, here too.
+            with contextlib.suppress(*([OSError, RuntimeError] if is_failing else [])):
+                self.write_summary()
 
     def _go_on(self, step: int) -> None:
         """Cut the records back to `step` and take up what they say; run.json keeps how the run began."""
@@ -109,6 +115,20 @@ class RunRecorder:
         if self._writes and self.is_claimed:
             info = self.folder.read_json("run.json")
             self.folder.write_json("run.json", {**info, "bad_steps": self.trainer.bad_steps.found})
+
+    def _in_words(self, error: BaseException) -> RunFailed | None:
+        """A failure of the machine that a person can do something about, or None."""
+        onward = "The last complete checkpoint is as it was: go on with --resume."
+        # A worker that died is told by the reader's end of the pipe, or by torch's handler of the signal, in any order.
+        if isinstance(error, ConnectionError | EOFError) or "DataLoader worker" in str(error):
+            return RunFailed(
+                f"{str(error).splitlines()[0]}. A worker that reads data died, of too little memory as a rule. Lower "
+                f"dataloader_num_workers. {onward}"
+            )
+        if isinstance(error, OSError):
+            what = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+            return RunFailed(f"{self.folder.path} cannot be written: {what}. Make room or mend it. {onward}")
+        return None
 
     def write_summary(self) -> dict[str, Any]:
         """Write summary.json from what is known now, and return it; again after a later measurement."""
@@ -218,6 +238,7 @@ class RunRecorder:
             "warmup": self._warmup_info(),
             "num_train_rows": len(self.trainer.train_dataset),
             "world_size": args.world_size,
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
             "matmul_precision": torch.get_float32_matmul_precision(),
             "num_threads": torch.get_num_threads(),
             "environment": describe_environment(),
