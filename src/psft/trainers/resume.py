@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,7 +25,7 @@ from psft.runs.folder import to_json
 from psft.window import Step, Window
 
 if TYPE_CHECKING:
-    from psft.trainers.psft_trainer import PSFTTrainer
+    from psft.trainers.durable import DurableTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -62,18 +61,18 @@ class ResumePoint:
     is_exact: bool
     state: Mapping[str, Any]
 
-    def open_window(self, trainer: PSFTTrainer) -> tuple[list[Step], list[list[list[int]]], dict[Any, Tensor]] | None:
+    def open_window(self, trainer: DurableTrainer) -> tuple[list[Step], list[list[list[int]]], dict[Any, Tensor]] | None:
         """Steps, row numbers by micro-batch and old log-probs of what was left of the window, or None."""
         path = self.path / _window_file(trainer.args.process_index)
         if not self.is_exact or not path.exists():
             return None
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt", device=str(trainer.args.device)) as file:
             layout = json.loads(file.metadata()["layout"])
             old_logps = {tuple(map(int, key.split("."))): file.get_tensor(key) for key in file.keys()}
         return [Step(**step) for step in layout["steps"]], layout["rows"], old_logps
 
 
-def identity_of(trainer: PSFTTrainer) -> dict[str, Any]:
+def identity_of(trainer: DurableTrainer) -> dict[str, Any]:
     """What the numbers of a run follow from, by the names of `CHANGES`, and the settings that are watched."""
     args = trainer.args
     return to_json(
@@ -94,7 +93,7 @@ def identity_of(trainer: PSFTTrainer) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def save_state(trainer: PSFTTrainer, folder: Path, position: Position, window: Window | None) -> None:
+def save_state(trainer: DurableTrainer, folder: Path, position: Position, window: Window | None) -> None:
     """Write this rank's part of the state into a checkpoint's folder, and on the first rank the common part."""
     args = trainer.args
     if window is not None and not window.is_spent:
@@ -119,7 +118,7 @@ def save_state(trainer: PSFTTrainer, folder: Path, position: Position, window: W
     (folder / STATE_FILE).write_text(json.dumps(state, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def find_checkpoint(trainer: PSFTTrainer, named: str | Path | None) -> Path | None:
+def find_checkpoint(trainer: DurableTrainer, named: str | Path | None) -> Path | None:
     """The checkpoint to go on from: the one that is named, or the newest complete one; None to begin at the start.
 
     Raises:
@@ -144,7 +143,7 @@ def find_checkpoint(trainer: PSFTTrainer, named: str | Path | None) -> Path | No
     return chosen.path
 
 
-def read_resume_point(trainer: PSFTTrainer, path: Path) -> ResumePoint:
+def read_resume_point(trainer: DurableTrainer, path: Path) -> ResumePoint:
     """Read a checkpoint and hold it against the run that is to go on from it.
 
     Raises:
@@ -188,7 +187,7 @@ def read_resume_point(trainer: PSFTTrainer, path: Path) -> ResumePoint:
     return ResumePoint(path, int(state["step"]), position, not changed, state)
 
 
-def position_after(trainer: PSFTTrainer, epoch: int, step: Step | None, num_steps: int) -> Position:
+def position_after(trainer: DurableTrainer, epoch: int, step: Step | None, num_steps: int) -> Position:
     """The position once `step`, the last of `num_steps` done in `epoch`, is done."""
     if step is None:
         return Position(epoch, 0, 0)
@@ -197,7 +196,7 @@ def position_after(trainer: PSFTTrainer, epoch: int, step: Step | None, num_step
     return Position(epoch, num_steps, step.stop)
 
 
-def _next_boundary(trainer: PSFTTrainer, position: Position, *, is_other_data: bool) -> Position:
+def _next_boundary(trainer: DurableTrainer, position: Position, *, is_other_data: bool) -> Position:
     """The first step at or after the position at which a window of the present schedule begins."""
     if is_other_data:
         return position if position.row == 0 else Position(position.epoch + 1, 0, 0)
@@ -228,8 +227,3 @@ def check_layout(rows: list[list[list[int]]], mini_batches: list[list[dict[str, 
             "the rest of the open window cannot be drawn again as it was: its rows fall into other micro-batches now. "
             "Give the same max_tokens_per_micro_batch and data collator, or --allow_changed batch_sizes."
         )
-
-
-def to_device(old_logps: dict[Any, Tensor], device: torch.device) -> dict[Any, Tensor]:
-    """Old log-probs where the training pass wants them."""
-    return {key: value.to(device) for key, value in old_logps.items()}
