@@ -93,6 +93,8 @@ class DurableTrainer(SFTTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm; where it or the loss is not finite the gradients are dropped, so that the step changes nothing."""
         norm = super()._get_grad_norm(model, grad_norm)
+        if self.is_deepspeed_enabled:  # its engine holds the gradients and has its own rule
+            return norm
         assert self._window is not None and self.recorder.loss is not None
         loss = self._reduce(self.recorder.loss, "sum") / self.args.world_size
         if self.bad_steps.is_bad(loss, norm):
