@@ -112,16 +112,16 @@ def test_the_death_of_a_worker_ends_the_run_in_words(make_trainer, demonstration
 
 def test_a_clock_that_jumps_back_changes_neither_order_nor_rotation(make_trainer):
     """Goes red if the newest checkpoint is found by its time."""
-    trainer = make_trainer(
-        callbacks=[At(3, lambda: [os.utime(p, (4e9, 4e9)) for p in Path(trainer.args.output_dir).glob("checkpoint-*")])],
-        save_total_limit=2, **SAVING,
-    )  # fmt: skip
+
+    def later():
+        for path in folder.glob("checkpoint-*"):
+            os.utime(path, (4e9, 4e9))
+
+    trainer = make_trainer(callbacks=[At(3, later)], save_total_limit=2, **SAVING)
+    folder = Path(trainer.args.output_dir)
     trainer.train()
-    assert sorted(p.name for p in Path(trainer.args.output_dir).glob("checkpoint-*")) == [
-        "checkpoint-7",
-        "checkpoint-8",
-    ]
-    assert newest_complete(Path(trainer.args.output_dir))[0].step == 8
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-7", "checkpoint-8"]
+    assert newest_complete(folder)[0].step == 8
 
 
 def test_two_runs_are_equal_to_the_bit_and_say_so(make_trainer):

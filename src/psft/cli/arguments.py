@@ -16,10 +16,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from psft.cli.values import BadValue, accepts_bool, convert, describe, is_dict, is_list
-from psft.errors import RequestError
+from psft.cli.values import BadValue, accepts_bool, convert, describe, is_dict, is_list, show_value
+from psft.errors import RequestError, shown
+from psft.recipes import parse_settings, read_file
 
 _SHORT_NAMES = {
     "lr": "learning_rate",
@@ -76,7 +75,7 @@ def parse_request(
         raise SystemExit(0)
     settings = collect_settings(sections)
     problems: list[str] = []
-    rest = list(argv)
+    rest = [_readable(token, problems) for token in argv]
     recipe = rest.pop(0) if rest and not rest[0].startswith("-") else None
     of_recipe = {} if recipe is None else _read_recipe(recipe, settings, command, load_recipe, problems)
     of_flags = _read_flags(rest, settings, command, problems)
@@ -91,6 +90,16 @@ def parse_request(
         section: {name: value for name, value in given.items() if settings[name].section is section}
         for section in sections
     }
+
+
+def _readable(token: str, problems: list[str]) -> str:
+    """The argument; if it came in bytes that are no UTF-8, a problem, since no record of the run could name it."""
+    try:
+        token.encode("utf-8")
+    except UnicodeEncodeError:
+        problems.append(f"the argument {show_value(token)} is not UTF-8 text. Rename the file, or set a UTF-8 locale.")
+        return token.encode("utf-8", "replace").decode()
+    return token
 
 
 def collect_settings(sections: Sequence[type]) -> dict[str, Setting]:
@@ -190,10 +199,10 @@ def _read_recipe(
     load_recipe: Callable[[str], dict[str, Any]] | None,
     problems: list[str],
 ) -> dict[str, Any]:
-    is_file = recipe.endswith((".yaml", ".yml")) or os.sep in recipe or Path(recipe).is_file()
+    is_file = recipe.endswith((".yaml", ".yml")) or os.sep in recipe or _is_file(recipe)
     try:
         if is_file or load_recipe is None:
-            items = [(key, value, f"{recipe}:{line}: ") for key, value, line in _yaml_items(Path(recipe))]
+            items = [(key, value, f"{shown(recipe)}:{line}: ") for key, value, line in _yaml_items(Path(recipe))]
         else:
             items = [(key, value, f"recipe {recipe}: ") for key, value in load_recipe(recipe).items()]
     except RequestError as error:
@@ -203,13 +212,20 @@ def _read_recipe(
     for key, value, where in items:
         setting = settings.get(key)
         if setting is None:
-            problems.append(f"{where}unknown setting {key!r}. {_nearest(key, settings, '', command)}")
+            problems.append(f"{where}unknown setting {show_value(key)}. {_nearest(key, settings, '', command)}")
             continue
         try:
             given[key] = convert(value, setting.hint, default=setting.default)
         except BadValue as error:
-            problems.append(f"{where}{key}: {_show_given(value)} does not fit; {error}.")
+            problems.append(f"{where}{key}: {show_value(value)} does not fit; {error}.")
     return given
+
+
+def _is_file(recipe: str) -> bool:
+    try:
+        return Path(recipe).is_file()
+    except (OSError, ValueError):  # a name that is too long, or holds NUL
+        return False
 
 
 def _read_flags(tokens: list[str], settings: dict[str, Setting], command: str, problems: list[str]) -> dict[str, Any]:
@@ -220,7 +236,8 @@ def _read_flags(tokens: list[str], settings: dict[str, Setting], command: str, p
             positive = settings.get(name.removeprefix("no_"))
             if name.startswith("no_") and positive is not None and accepts_bool(positive.hint):
                 if values:
-                    problems.append(f"{flag}: takes no value, got {values[0]!r}. Use --{positive.name} {values[0]}.")
+                    shown_value = show_value(values[0])
+                    problems.append(f"{flag}: takes no value, got {shown_value}. Use --{positive.name} {shown_value}.")
                 given[positive.name] = False
                 continue
             problems.append(f"unknown option {flag}. {_nearest(name, settings, '--', command)}")
@@ -237,7 +254,7 @@ def _read_flags(tokens: list[str], settings: dict[str, Setting], command: str, p
         try:
             value = convert(joined, setting.hint, default=setting.default)
         except BadValue as error:
-            problems.append(f"{flag}: {_show_given(joined)} does not fit; {error}.")
+            problems.append(f"{flag}: {show_value(joined)} does not fit; {error}.")
             continue
         if is_repeated and value is not None:
             value = _as_list(given[name]) + _as_list(value)
@@ -257,11 +274,11 @@ def _split_flags(
         position += 1
         if not token.startswith("--") or token == "--":
             advice = (
-                f"Did you mean -{token}?"
-                if token.startswith("-")
+                f"Did you mean -{shown(token, 80)}? (A recipe of that name: ./{shown(token, 80)}.)"
+                if token.startswith("-") and token != "--"
                 else "A recipe comes first, options are --name value."
             )
-            problems.append(f"unexpected argument {token!r}. {advice}")
+            problems.append(f"unexpected argument {show_value(token)}. {advice}")
             continue
         flag, sign, inline = token.partition("=")
         name = flag[2:].replace("-", "_")
@@ -275,20 +292,15 @@ def _split_flags(
                 break
             values.append(tokens[position])
             position += 1
-        yield flag, name, values
+        yield shown(flag, 80), name, values
 
 
 def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _show_given(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def _nearest(name: str, settings: dict[str, Setting], prefix: str, command: str) -> str:
-    plain = str(name).lower().replace("-", "_")
+    plain = name[:100].lower().replace("-", "_")
     if _SHORT_NAMES.get(plain) in settings:
         return f"Did you mean {prefix}{_SHORT_NAMES[plain]}?"
     close = difflib.get_close_matches(plain, settings, n=3, cutoff=0.7)
@@ -301,38 +313,7 @@ def _nearest(name: str, settings: dict[str, Setting], prefix: str, command: str)
 def _yaml_items(path: Path) -> list[tuple[str, Any, int]]:
     """Key, value and line of each setting of a YAML file."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path)
     except FileNotFoundError:
-        raise RequestError(f"{path}: no such file. Check the path; `psft recipes` lists the recipes.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path}: cannot be read ({error}). Give a YAML text file.") from error
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise RequestError(
-            f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}. Correct it."
-        ) from error
-    if content is None:
-        return []
-    if not isinstance(node, yaml.MappingNode) or not isinstance(content, dict):
-        raise RequestError(f"{path}: must hold settings as `name: value` lines; it holds {type(content).__name__}.")
-    first_lines = _key_lines(path, node)
-    return [(str(key), value, first_lines.get(str(key), 1)) for key, value in content.items()]
-
-
-def _key_lines(path: Path, node: yaml.MappingNode) -> dict[str, int]:
-    """Line of each key of a mapping; PyYAML itself lets the last of two equal keys win, here they are an error."""
-    first_lines: dict[str, int] = {}
-    for key_node, value_node in node.value:
-        key, line = str(key_node.value), key_node.start_mark.line + 1
-        if isinstance(value_node, yaml.MappingNode):
-            _key_lines(path, value_node)
-        if key in first_lines:
-            raise RequestError(
-                f"{path}:{line}: {key} is set twice, first in line {first_lines[key]}. Remove one of them."
-            )
-        first_lines[key] = line
-    return first_lines
+        raise RequestError(f"{shown(path)}: no such file. Check the path; `psft recipes` lists the recipes.") from None
+    return parse_settings(text, shown(path))

@@ -134,7 +134,13 @@ def _look_at_data(data: Any, model: Any, settings: Any) -> _Data:
     notes = []
     if name and local_folder(name, model.model_revision) is not None:
         try:
-            tokenizer = load_tokenizer(name, settings.chat_template_path, model.model_revision)
+            tokenizer = load_tokenizer(
+                name,
+                settings.chat_template_path,
+                model.model_revision,
+                trust_remote_code=settings.trust_remote_code,
+                allow_pickle=settings.allow_pickle,
+            )
         except RequestError as error:
             notes.append(f"not at hand: {error}")
         else:

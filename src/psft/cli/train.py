@@ -22,12 +22,20 @@ HELP = "fine-tune a model on demonstrations"
 
 def run(argv: list[str]) -> int:
     """`psft train [RECIPE] [--flag value]...`"""
+    from psft.cli.launch import requested, run_rank, start
+
+    launch = requested(argv)
+    return start(launch, ["train", *argv]) if launch is not None else run_rank(lambda: _train(argv))
+
+
+def _train(argv: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("psft").setLevel(logging.INFO)
     request = read_request(argv, command="train")
     run = prepare_run(request)
     run.train()
-    print(f"\n{run.closing_lines()}")
+    if run.trainer.is_world_process_zero():
+        print(f"\n{run.closing_lines()}")
     return run.trainer.stop_signal.exit_code
 
 
@@ -53,11 +61,11 @@ def read_request(argv: Sequence[str], *, command: str) -> Request:
     """
     from psft.cli.arguments import parse_request
     from psft.cli.objective_choice import leave_out_other_objective
-    from psft.config import DataArguments, ModelArguments
+    from psft.config import DataArguments, LaunchArguments, ModelArguments
     from psft.recipes import load_recipe
     from psft.trainers import PSFTConfig
 
-    sections = [PSFTConfig, DataArguments, ModelArguments]
+    sections = [PSFTConfig, DataArguments, ModelArguments, LaunchArguments]
     per_section = parse_request(
         argv, sections, command=command, load_recipe=load_recipe, reconcile=leave_out_other_objective
     )
@@ -150,8 +158,9 @@ def prepare_run(request: Request) -> PreparedRun:
     if folder.holds_run() and not config.overwrite_output_dir and not is_resuming:
         folder.claim(overwrite=False)  # raises: it holds another run
     choose_cpu_matmul_precision()
-    resolve_model(request.model_name, model.model_revision)
-    tokenizer = load_tokenizer(request.model_name, config.chat_template_path, model.model_revision)
+    trusted = {"trust_remote_code": config.trust_remote_code, "allow_pickle": config.allow_pickle}
+    resolve_model(request.model_name, model.model_revision, None, **trusted)
+    tokenizer = load_tokenizer(request.model_name, config.chat_template_path, model.model_revision, **trusted)
     config.chat_template_path = None  # the tokenizer has it now
     # Rows arrive tokenised, cut and checked: TRL has nothing left to prepare.
     config.dataset_kwargs = {"skip_prepare_dataset": True}
@@ -160,11 +169,11 @@ def prepare_run(request: Request) -> PreparedRun:
         try:
             prepared = _prepare_data(request, tokenizer, rejected)
         except RequestError:
-            if rejected.exists() and not folder.holds_run():
+            if rejected.exists() and not folder.holds_run() and config.process_index == 0:
                 folder.claim()
                 shutil.move(rejected, folder.path / "rejected.jsonl")
             raise
-        for name, part in prepared.items():
+        for name, part in prepared.items() if config.process_index == 0 else ():
             print(_data_line(name, part.report))
         weights = load_model(
             request.model_name,
@@ -172,6 +181,7 @@ def prepare_run(request: Request) -> PreparedRun:
             force_pure_bf16=config.force_pure_bf16,
             attn_implementation=model.attn_implementation,
             revision=model.model_revision,
+            **trusted,
         )
         train = prepared.pop("train")
         max_length = config.max_length
@@ -187,6 +197,7 @@ def prepare_run(request: Request) -> PreparedRun:
         )
         config.max_length = max_length
         trainer.schedule()  # refuses impossible batch sizes before the folder is claimed
+        trainer.accelerator.wait_for_everyone()  # a late rank must not take this run's folder for another's
         if trainer.is_world_process_zero() and not is_resuming:
             folder.claim(overwrite=config.overwrite_output_dir)
             if rejected.exists():

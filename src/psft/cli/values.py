@@ -5,16 +5,31 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
-import yaml
+from psft.errors import RequestError, shown
+from psft.recipes import parse_value
 
 TRUE_WORDS = ("true", "yes", "on", "1")
 FALSE_WORDS = ("false", "no", "off", "0")
+
+
+class _Short(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() < 256 else f"<a whole number of {x.bit_length()} bits>"
+
+    def repr_str(self, x: str, level: int) -> str:
+        return repr(x[:100])
+
+
+def show_value(value: Any) -> str:
+    """A value as a message shows it, however large or deep it is."""
+    return shown(_Short().repr(value), 80)
 
 
 class BadValue(ValueError):
@@ -151,13 +166,20 @@ def _convert_one(value: Any, member: Any, words_only: list[str] | None) -> Any:
         if isinstance(value, str) and (words_only is None or value in words_only):
             return value
         if isinstance(value, (int, float)) and not isinstance(value, bool) and words_only is None:
-            return str(value)  # `dataset_config: 2024`
+            return _number_text(value)  # `dataset_config: 2024`
         raise _NoFit
     if origin in (list, tuple):
         return _to_list(value, typing.get_args(member))
     if origin is dict:
         return _to_dict(value, typing.get_args(member))
     raise _NoFit
+
+
+def _number_text(value: int | float) -> str:
+    try:
+        return str(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        raise _NoFit from None
 
 
 def _to_bool(value: Any) -> bool:
@@ -191,7 +213,7 @@ def _to_float(value: Any) -> float:
         number = float(
             value[1:] if isinstance(value, str) and value.startswith(".") and value[1:2].isalpha() else value
         )
-    except ValueError:  # above: YAML's `.inf`, also as a flag
+    except (ValueError, OverflowError):  # above: YAML's `.inf`, also as a flag; a whole number beyond 1e308
         raise _NoFit from None
     if math.isnan(number):
         raise _NoFit
@@ -233,14 +255,40 @@ def _to_dict(value: Any, arguments: tuple[Any, ...]) -> dict[str, Any]:
             pairs = [part.partition("=") for part in value.split(",") if part.strip()]
             if not pairs or not all(sign and key.strip() for key, sign, _ in pairs):
                 raise _NoFit
-            value = {key.strip(): yaml.safe_load(text) if value_hint is Any else text.strip() for key, _, text in pairs}
+            texts = {key.strip(): text for key, _, text in pairs}
+            if len(texts) < len(pairs):
+                raise BadValue("one of its keys is given twice")
+            value = {key: _yaml(text) if value_hint is Any else text.strip() for key, text in texts.items()}
     if not isinstance(value, Mapping):
         raise _NoFit
-    return {str(key): convert(item, value_hint) for key, item in value.items()}
+    if not all(isinstance(key, (str, int, float)) for key in value):
+        raise _NoFit
+    named = {key if isinstance(key, str) else _number_text(key): item for key, item in value.items()}
+    if len(named) < len(value):  # 1 and "1"
+        raise BadValue("one of its keys is given twice")
+    return {key: convert(item, value_hint) for key, item in named.items()}
+
+
+def _yaml(text: str) -> Any:
+    try:
+        return parse_value(text)
+    except RequestError as error:
+        raise BadValue(str(error)) from error
 
 
 def _json(text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
+    except BadValue:
+        raise
     except ValueError as error:
-        raise BadValue(f"this is not valid JSON ({error})") from error
+        raise BadValue(f"this is not valid JSON ({shown(error)})") from error
+    except RecursionError as error:
+        raise BadValue("this is nested too deeply") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise BadValue("one of its keys is given twice")
+    return made

@@ -11,7 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from psft.errors import RequestError
+from psft.errors import RequestError, shown
+
+_SHOWN_FIELDS = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ FORMATS = (
     Format("prompt-demonstration", ("prompt", "demonstration"), ("system",)),  # parquet of the reference PSFT fork
     Format("instruction", ("instruction", "output"), ("input", "system")),  # Alpaca
     Format("question-answer", ("question", "answer"), ("system",)),  # GSM8K
-    Format("text", ("text",)),  # plain text, every token trained
+    Format("text", ("text",)),  # the person's own rendered text, every token trained; special tokens in it are meant
 )
 _BY_NAME = {format.name: format for format in FORMATS}
 ROLES = tuple(dict.fromkeys(role for format in FORMATS for role in (*format.required, *format.optional)))
@@ -60,7 +62,9 @@ def choose_format(
     field_sets = list(dict.fromkeys(tuple(value) for value in values if isinstance(value, Mapping) and value))
     if not field_sets:  # nothing but unreadable rows: validation will list them under any format
         return _BY_NAME.get(dataset_format, FORMATS[0])
-    seen = ", ".join(map(str, field_sets[0]))
+    source = shown(source)
+    more = ", ..." if len(field_sets[0]) > _SHOWN_FIELDS else ""
+    seen = ", ".join(shown(name, 40) for name in field_sets[0][:_SHOWN_FIELDS]) + more
     for role, column in columns.items():
         if not any(column in fields for fields in field_sets):
             raise RequestError(
@@ -94,4 +98,4 @@ def pick_roles(value: Mapping[str, Any], format: Format, columns: Mapping[str, s
 
 def _nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, [str(item) for item in known], n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    return f" (did you mean '{shown(close[0], 40)}'?)" if close else ""

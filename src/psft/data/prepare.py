@@ -6,8 +6,10 @@ Lifecycle of a row: read (`sources`) -> recognised (`formats`) -> checked (`vali
 
 from __future__ import annotations
 
+import logging
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -16,16 +18,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from psft.data.formats import Format, choose_format
-from psft.data.render import Encoder, Piece, decode, make_renderer
+from psft.data.render import Encoded, Encoder, Rendered, decode, make_renderer
 from psft.data.rows import Rejection, Row, RowRejected
 from psft.data.sources import read_rows
 from psft.data.validate import to_conversation
-from psft.errors import RequestError
+from psft.errors import RequestError, shown
 from psft.ops import IGNORE_INDEX
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 _ROWS_TO_RECOGNISE = 100
 _BATCH_ROWS = 256
@@ -35,7 +39,10 @@ _ON_BAD_ROW = ("error", "skip")
 
 @dataclass(frozen=True)
 class DataReport:
-    """What `prepare_dataset` found. Counts are rows or tokens; lengths are tokens after truncation."""
+    """What `prepare_dataset` found. Counts are rows or tokens; lengths are tokens after truncation.
+
+    num_with_special_text: rows used that hold the string of a special token, which was tokenised as ordinary text.
+    """
 
     source: str
     format: str
@@ -48,6 +55,7 @@ class DataReport:
     length_quantiles: dict[str, int]
     reasons: dict[str, int]
     end_token: str
+    num_with_special_text: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -72,6 +80,8 @@ class _Tally:
     num_truncated: int = 0
     num_trained_tokens: int = 0
     num_too_long: int = 0
+    num_with_special_text: int = 0
+    first_special_text: str = ""
 
 
 def prepare_dataset(
@@ -104,6 +114,8 @@ def prepare_dataset(
         raise RequestError(f"on_bad_row is {on_bad_row!r}; it is one of {', '.join(_ON_BAD_ROW)}.")
     if max_length is not None and max_length < 2:
         raise RequestError(f"max_length is {max_length}; a sequence needs at least 2 tokens.")
+    if system_prompt is not None:
+        _require_encodable(system_prompt)
     rows = read_rows(source, split=split, config_name=config_name, max_rows=max_rows)
     head = list(islice(rows, _ROWS_TO_RECOGNISE))
     format = choose_format(
@@ -114,12 +126,22 @@ def prepare_dataset(
     )
     renderer, encoder = make_renderer(tokenizer, format.name)
 
-    def pieces_of(row: Row) -> list[Piece]:
-        return renderer.pieces(to_conversation(row, format, columns=columns, system_prompt=system_prompt))
+    def pieces_of(row: Row) -> Rendered:
+        try:
+            conversation = to_conversation(row, format, columns=columns, system_prompt=system_prompt)
+            encoder.require_kept(conversation)
+            return renderer.pieces(conversation)
+        except RequestError as error:  # the chat template had to be stopped
+            raise RequestError(f"{row.where}: {error}") from error
 
     tally = _Tally()
     for batch in _batches(_with_progress(chain(head, rows), description)):
         _encode_batch(batch, pieces_of, encoder, max_length, tally)
+    if tally.num_with_special_text:
+        logger.warning(
+            "%s: the text of a special token stands in %d of %d rows, first %s; it is tokenised as ordinary text.",
+            shown(source), tally.num_with_special_text, tally.num_rows, tally.first_special_text,
+        )  # fmt: skip
     if rejected_path is not None and tally.rejections:
         _write_rejections(Path(rejected_path), tally.rejections)
     _stop_on_bad_rows(source, tally, on_bad_row, max_length)
@@ -133,7 +155,7 @@ def render_example(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, index
     text, start = [], 0
     for stop in range(1, len(is_trained) + 1):
         if stop == len(is_trained) or is_trained[stop] != is_trained[start]:
-            run = decode(tokenizer, row["input_ids"][start:stop])
+            run = _visible(decode(tokenizer, row["input_ids"][start:stop]))
             text.append(f"⟦{run}⟧" if is_trained[start] else run)
             start = stop
     legend = (
@@ -141,6 +163,23 @@ def render_example(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, index
         f"end token {prepared.report.end_token}"
     )
     return f"{legend}\n{''.join(text)}"
+
+
+def _visible(text: str) -> str:
+    """Text for a terminal: line breaks as they are, control and direction characters as escapes."""
+    return "".join(
+        ascii(letter)[1:-1] if unicodedata.category(letter) in ("Cc", "Cf") and letter not in "\n\t" else letter
+        for letter in text
+    )
+
+
+def _require_encodable(system_prompt: str) -> None:
+    try:
+        system_prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            "system_prompt holds a lone surrogate, a character that no encoding has. Give it as UTF-8 text."
+        ) from error
 
 
 def _with_progress(rows: Iterator[Row], description: str) -> Iterator[Row]:
@@ -154,31 +193,36 @@ def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
         yield batch
 
 
-def _encode_batch(batch: list[Row], pieces_of: Any, encoder: Encoder, max_length: int | None, tally: _Tally) -> None:
+def _encode_batch(
+    batch: list[Row], pieces_of: Callable[[Row], Rendered], encoder: Encoder, max_length: int | None, tally: _Tally
+) -> None:
     """Validate and tokenise a batch; good rows and rejections go to `tally`, in the order of the source."""
     tally.num_rows += len(batch)
-    good: list[Row] = []
-    pieces: list[list[Piece]] = []
-    refused: dict[int, Rejection] = {}
-    for number, row in enumerate(batch):
+    rendered: list[Rendered | RowRejected] = []
+    for row in batch:
         try:
-            pieces.append(pieces_of(row))
-            good.append(row)
+            rendered.append(pieces_of(row))
         except RowRejected as error:
-            refused[number] = Rejection.of(row, error)
-    encoded = dict(zip(map(id, good), encoder.encode(pieces), strict=True))
-    kept: list[tuple[list[int], list[int]]] = []
-    for number, row in enumerate(batch):
-        if number in refused:
-            tally.rejections.append(refused[number])
+            rendered.append(error)
+        except RecursionError:
+            rendered.append(RowRejected("nested too deeply"))
+    encoded = iter(encoder.encode([item for item in rendered if isinstance(item, Rendered)]))
+    kept: list[Encoded] = []
+    for row, item in zip(batch, rendered, strict=True):
+        found = next(encoded) if isinstance(item, Rendered) else item
+        if isinstance(found, RowRejected):
+            tally.rejections.append(Rejection.of(row, found))
             continue
-        ids, labels = encoded[id(row)]
+        ids, labels = found
         cut_ids, cut_labels = ids[:max_length], labels[:max_length]
         num_trained = len(cut_labels) - cut_labels.count(IGNORE_INDEX)
         if num_trained == 0:
             tally.num_too_long += max_length is not None and len(ids) > max_length
             tally.rejections.append(Rejection.of(row, _nothing_trained(len(ids), max_length)))
             continue
+        if isinstance(item, Rendered) and item.quotes:
+            tally.num_with_special_text += 1
+            tally.first_special_text = tally.first_special_text or f"{min(item.quotes.values())!r} in {row.where}"
         tally.num_truncated += len(cut_ids) < len(ids)
         tally.num_trained_tokens += num_trained
         tally.lengths.append(len(cut_ids))
@@ -221,20 +265,20 @@ def _write_rejections(path: Path, rejections: list[Rejection]) -> None:
 def _stop_on_bad_rows(source: str, tally: _Tally, on_bad_row: str, max_length: int | None) -> None:
     if tally.num_too_long == tally.num_rows:
         raise RequestError(
-            f"{source}: all {tally.num_rows} rows are longer than max_length={max_length} before their answer begins. "
-            "Raise --max_length."
+            f"{shown(source)}: all {tally.num_rows} rows are longer than max_length={max_length} before their answer "
+            "begins. Raise --max_length."
         )
     if not tally.rejections:
         return
     bad = tally.rejections[:_LISTED_ROWS]
-    listed = "; ".join(f"{rejection.file}:{rejection.line}: {rejection.message}" for rejection in bad)
+    listed = "; ".join(f"{rejection.where}: {rejection.message}" for rejection in bad)
     count = len(tally.rejections)
     more = f"; and {count - len(bad)} more" if count > len(bad) else ""
     if count == tally.num_rows:
-        raise RequestError(f"{source}: none of its {count} rows can be used. {listed}{more}. Correct the data.")
+        raise RequestError(f"{shown(source)}: none of its {count} rows can be used. {listed}{more}. Correct the data.")
     if on_bad_row == "error":
         raise RequestError(
-            f"{source}: {count} of {tally.num_rows} rows cannot be used. {listed}{more}. "
+            f"{shown(source)}: {count} of {tally.num_rows} rows cannot be used. {listed}{more}. "
             "Correct them, or pass --on_bad_row skip to leave them out."
         )
 
@@ -253,4 +297,5 @@ def _make_report(source: str, format: Format, tally: _Tally, end_token: str) -> 
         length_quantiles={"p50": int(p50), "p95": int(p95), "max": max(tally.lengths)},
         reasons=dict(Counter(rejection.reason for rejection in tally.rejections).most_common()),
         end_token=end_token,
+        num_with_special_text=tally.num_with_special_text,
     )

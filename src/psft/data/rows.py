@@ -6,12 +6,14 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from psft.errors import shown
+
 EXCERPT_CHARS = 400
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One record as read. `value` is None when it could not be read; `problem` then says why.
+    """One record as read. `value` is what could be read of it; `problem` says why it cannot be used, `detail` where.
 
     `line` counts from 1: the physical line for .jsonl and .csv, the record's number for every other source.
     """
@@ -20,10 +22,11 @@ class Row:
     line: int
     value: Any
     problem: str | None = None
+    detail: str = ""
 
     @property
     def where(self) -> str:
-        return f"{self.file}:{self.line}"
+        return f"{shown(self.file)}:{self.line}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +62,11 @@ class Rejection:
 
     @classmethod
     def of(cls, row: Row, error: RowRejected) -> Rejection:
-        value = row.value
-        excerpt = value if isinstance(value, str) else json.dumps(value, ensure_ascii=True, default=str)
-        return cls(row.file, row.line, error.reason, error.detail, excerpt[:EXCERPT_CHARS])
+        return cls(row.file, row.line, error.reason, error.detail, _excerpt(row.value))
+
+    @property
+    def where(self) -> str:
+        return f"{shown(self.file)}:{self.line}"
 
     @property
     def message(self) -> str:
@@ -70,3 +75,13 @@ class Rejection:
     def to_json(self) -> str:
         fields = {"file": self.file, "line": self.line, "reason": self.message, "row": self.row}
         return json.dumps(fields, ensure_ascii=True)
+
+
+def _excerpt(value: Any) -> str:
+    """How a value begins, whatever it is."""
+    if isinstance(value, str):
+        return value[:EXCERPT_CHARS]
+    try:
+        return json.dumps(value, ensure_ascii=True, default=str)[:EXCERPT_CHARS]
+    except (TypeError, ValueError, RecursionError):  # keys that are no text, endless numbers, endless nesting
+        return f"<a {type(value).__name__} that JSON cannot show>"

@@ -10,6 +10,7 @@ from psft.data.formats import Format, pick_roles
 from psft.data.rows import Conversation, Row, RowRejected
 
 Message = dict[str, str]
+MAX_MESSAGES = 2000  # a template renders the conversation up to each answer: the work grows with the square of this
 _SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -29,10 +30,10 @@ def to_conversation(
 
     Raises:
         RowRejected: not JSON, missing, empty or wrong-typed fields, unknown roles, an empty answer, a conversation
-            that ends with anyone but the assistant, or characters that no encoding has.
+            that ends with anyone but the assistant, too many messages, or characters that no encoding has.
     """
     if row.problem is not None:
-        raise RowRejected(row.problem)
+        raise RowRejected(row.problem, row.detail)
     if not isinstance(row.value, Mapping):
         raise RowRejected("not an object with fields", f"a JSON {type(row.value).__name__}")
     fields = pick_roles(row.value, format, columns)
@@ -61,6 +62,7 @@ def _text(value: Any, field: str) -> str:
         for part in value:
             if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
                 kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+                kind = kind[:40] if isinstance(kind, str) else type(kind).__name__
                 raise RowRejected(f"'{field}' holds a part that is not text", f"{kind!r}")
             parts.append(part["text"])
         value = "".join(parts)
@@ -78,14 +80,23 @@ def _text(value: Any, field: str) -> str:
 def _message_list(value: Any, field: str, *, role_key: str = "role", content_key: str = "content") -> list[Message]:
     if isinstance(value, str):  # a CSV cell, or a parquet column of JSON text
         try:
-            value = json.loads(value)
+            value = json.loads(value, object_pairs_hook=_without_doubled_keys)
         except (ValueError, RecursionError):
             raise RowRejected(f"'{field}' is not a list of messages", "a text that is no JSON") from None
     if not isinstance(value, list):
         raise RowRejected(f"'{field}' is not a list of messages", f"a {type(value).__name__}")
     if not value:
         raise RowRejected(f"'{field}' is empty")
+    if len(value) > MAX_MESSAGES:
+        raise RowRejected("too many messages", f"{len(value)}; at most {MAX_MESSAGES} are taken")
     return [_one_message(item, number, role_key, content_key) for number, item in enumerate(value, start=1)]
+
+
+def _without_doubled_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise RowRejected("a key is given twice", "in JSON text")
+    return made
 
 
 def _one_message(item: Any, number: int, role_key: str, content_key: str) -> Message:
@@ -160,7 +171,8 @@ def _from_instruction(fields: dict[str, Any]) -> tuple[list[Message], int]:
     question = _text(fields["instruction"], "instruction")
     extra = fields.get("input")
     if extra is not None and extra != "":
-        question = f"{question}\n\n{_text(extra, 'input')}" if str(extra).strip() else question
+        is_blank = isinstance(extra, str) and not extra.strip()
+        question = question if is_blank else f"{question}\n\n{_text(extra, 'input')}"
     return [_message("user", question), _message("assistant", _answer(fields["output"], "output"))], 0
 
 

@@ -1,7 +1,7 @@
 """FSDP on CPUs. torch cuts a model up over gloo as over NCCL; accelerate allows it on accelerators only.
 
-Read in accelerate 1.15.0, state.py: where the distributed type is MULTI_CPU, `AcceleratorState` drops the FSDP plugin, and
-every process trains a whole copy without a word. Here the plugin is put in its place, for trying out and for tests.
+Read in accelerate 1.15.0, state.py: where the distributed type is MULTI_CPU, `AcceleratorState` drops the FSDP plugin,
+and every process trains a whole copy without a word. Here the plugin is put in its place, for trying out and for tests.
 """
 
 from __future__ import annotations

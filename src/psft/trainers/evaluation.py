@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from psft.trainers.stop_signal import leave_signals_to_parent
+
 if TYPE_CHECKING:
     from psft.trainers.psft_trainer import PSFTTrainer
 
@@ -60,6 +62,8 @@ def token_mean_evaluation(trainer: PSFTTrainer, dataloader: DataLoader[Any], des
     was_training = model.training
     model.eval()
     parts = []
+    if getattr(dataloader, "num_workers", 0):
+        dataloader.worker_init_fn = leave_signals_to_parent
     is_quiet = bool(trainer.args.disable_tqdm) or not trainer.is_world_process_zero()
     bar = tqdm(dataloader, desc=description, delay=2, leave=False, disable=is_quiet)
     with torch.no_grad():

@@ -79,6 +79,8 @@ def add_token_scoring(model: PreTrainedModel, quantities: tuple[VocabularyQuanti
         mask = shift_labels != IGNORE_INDEX
         rows, weight = _compute_dtype(hidden)[mask], _compute_dtype(weight)
         if score_tokens == "rows":
+            if hasattr(head.weight, "ds_id"):  # DeepSpeed ZeRO-3 takes the head back at the end of this forward
+                weight, bias = weight.clone(), None if bias is None else bias.clone()
             return ReferenceRows(hidden=rows, weight=weight, bias=bias)
         scored = token_statistics(
             rows, weight, shift_labels[mask], bias=bias, logit_scale=logit_scale, softcap=softcap,

@@ -36,6 +36,7 @@ from psft.trainers.safeguards import (
     refuse_request,
     switch_dropout_off,
 )
+from psft.trainers.stop_signal import leave_signals_to_parent
 from psft.trainers.telemetry import StepTelemetry
 from psft.trainers.trust_region import TrustRegion
 from psft.window import Schedule, Step, Window
@@ -139,6 +140,11 @@ class PSFTTrainer(DurableTrainer):
             is_padded=not self.padding_free,
         )
         workers = args.dataloader_num_workers
+
+        def start_worker(worker: int) -> None:
+            leave_signals_to_parent()
+            seed_worker(worker, workers, args.process_index)
+
         return WindowLoader(
             dataset,
             batch_sampler=sampler,
@@ -147,7 +153,7 @@ class PSFTTrainer(DurableTrainer):
             pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
-            worker_init_fn=(lambda worker: seed_worker(worker, workers, args.process_index)) if workers else None,
+            worker_init_fn=start_worker if workers else None,
         )
 
     def set_initial_training_values(self, args: Any, dataloader: DataLoader[Any]) -> tuple[Any, ...]:
@@ -287,6 +293,7 @@ class PSFTTrainer(DurableTrainer):
                 output, old_logps = self._objective_output(i, micro_batch, scored, normalizer)
                 # DDP and FSDP average gradients over ranks; the sum is meant
                 loss = output.loss * self.args.world_size
+                self.accelerator.gradient_state._set_sync_gradients(is_last)  # DeepSpeed steps inside a backward
                 self.accelerator.backward(loss)
             total += loss.detach()
             weight = normalizer / num_items_in_batch  # metrics are token means, however the loss is averaged
@@ -387,6 +394,10 @@ class PSFTTrainer(DurableTrainer):
         self.recorder.evaluated(metric_key_prefix, result)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.metrics().items()}
         return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=result.num_rows)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._tr_loss = self._reduce(self._tr_loss, "sum") / self.args.world_size  # else this rank's own is reported
+        return super()._finalize_training(*args, **kwargs)
 
     def _maybe_log_save_evaluate(
         self, tr_loss: Tensor, grad_norm: Any, model: Any, trial: Any, epoch: Any, *args: Any, **kwargs: Any

@@ -40,6 +40,8 @@ def reference_model(trainer: PSFTTrainer, ref_model: Any, *, needs_scores: bool,
             force_pure_bf16=args.force_pure_bf16,
             attn_implementation=policy.config._attn_implementation,
             revision=args.ref_model_revision,
+            trust_remote_code=args.trust_remote_code,
+            allow_pickle=args.allow_pickle,
         )
     if ref_model is not None:
         _check_given(ref_model, policy)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -38,6 +39,9 @@ _WATCHED = (
 """Settings a person may change on purpose: announced, not refused."""
 
 
+_ENGINES = {"plain": "without sharding", "fsdp": "with FSDP", "deepspeed": "with DeepSpeed"}
+
+
 @dataclass(frozen=True)
 class Position:
     """Where in the data a run stands: optimizer steps of `epoch` (0-based) that are done, and rows they took."""
@@ -61,12 +65,15 @@ class ResumePoint:
     is_exact: bool
     state: Mapping[str, Any]
 
-    def open_window(self, trainer: DurableTrainer) -> tuple[list[Step], list[list[list[int]]], dict[Any, Tensor]] | None:
+    def open_window(
+        self, trainer: DurableTrainer
+    ) -> tuple[list[Step], list[list[list[int]]], dict[Any, Tensor]] | None:
         """Steps, row numbers by micro-batch and old log-probs of what was left of the window, or None."""
         path = self.path / _window_file(trainer.args.process_index)
         if not self.is_exact or not path.exists():
             return None
-        with safe_open(path, framework="pt", device=str(trainer.args.device)) as file:
+        device = trainer.args.device
+        with safe_open(path, framework="pt", device="cpu" if device.type == "cpu" else str(device)) as file:
             layout = json.loads(file.metadata()["layout"])
             old_logps = {tuple(map(int, key.split("."))): file.get_tensor(key) for key in file.keys()}
         return [Step(**step) for step in layout["steps"]], layout["rows"], old_logps
@@ -110,6 +117,7 @@ def save_state(trainer: DurableTrainer, folder: Path, position: Position, window
         "format": _FORMAT,
         "step": trainer.state.global_step,
         "position": asdict(position),
+        "engine": _engine(trainer),
         "identity": trainer.identity,
         "trust_region": trainer.trust_region.state_dict(),
         "num_train_tokens": trainer._total_train_tokens,
@@ -126,14 +134,14 @@ def find_checkpoint(trainer: DurableTrainer, named: str | Path | None) -> Path |
     """
     if named is not None:
         path = Path(named)
-        problem = what_is_wrong(path) if path.is_dir() else "there is no such folder"
+        problem = _by_first_rank(trainer, lambda: what_is_wrong(path) if path.is_dir() else "there is no such folder")
         if problem is not None:
             raise RequestError(
                 f"checkpoint {path} cannot be resumed from: {problem}. Name another, or let --resume choose."
             )
         return path
     found: tuple[Checkpoint | None, list[Checkpoint]]
-    found = newest_complete(Path(str(trainer.args.output_dir)))
+    found = _by_first_rank(trainer, lambda: newest_complete(Path(str(trainer.args.output_dir))))
     chosen, passed_over = found
     for checkpoint in passed_over:
         logger.warning("checkpoint %s is passed over: %s.", checkpoint.path, checkpoint.problem)
@@ -160,6 +168,13 @@ def read_resume_point(trainer: DurableTrainer, path: Path) -> ResumePoint:
         raise RequestError(
             f"checkpoint {path} has format {state.get('format')}; this version reads {_FORMAT}. Resume it with the "
             "version that wrote it, or start a new run from its weights."
+        )
+    if state.get("engine", "plain") != _engine(trainer):
+        written, wanted = (_ENGINES[name] for name in (state.get("engine", "plain"), _engine(trainer)))
+        raise RequestError(
+            f"checkpoint {path} was written {written} and this run trains {wanted}, which keeps weights and moments in "
+            "another form. Resume it as it was begun, or start a new run from its weights: --model_name_or_path "
+            f"{path}."
         )
     before, now = state["identity"], trainer.identity
     changed = [name for name in CHANGES if before[name] != now[name]]
@@ -204,6 +219,18 @@ def _next_boundary(trainer: DurableTrainer, position: Position, *, is_other_data
         if step.mini_batch == 1 and step.start >= position.row:
             return Position(position.epoch, number, step.start)
     return Position(position.epoch + 1, 0, 0)
+
+
+def _by_first_rank(trainer: DurableTrainer, look: Callable[[], Any]) -> Any:
+    """What the first rank finds, on every rank: what changes while they look cannot part them, and one reads enough."""
+    if trainer.args.world_size == 1:
+        return look()
+    found = [look() if trainer.is_world_process_zero() else None]
+    return broadcast_object_list(found)[0]
+
+
+def _engine(trainer: DurableTrainer) -> str:
+    return "deepspeed" if trainer.is_deepspeed_enabled else "fsdp" if trainer.is_fsdp_enabled else "plain"
 
 
 def _difference(before: Any, now: Any) -> str:

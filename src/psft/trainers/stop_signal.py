@@ -7,12 +7,15 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
+
+from psft.config import SAME_SIGNAL_S
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +30,7 @@ class StopSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self._first_at = 0.0
 
     @property
     def exit_code(self) -> int:
@@ -49,8 +53,10 @@ class StopSignal(TrainerCallback):
 
     def _received(self, number: int, frame: FrameType | None) -> None:
         if self.number is not None:
-            os._exit(128 + number)
-        self.number = number
+            if time.monotonic() - self._first_at > SAME_SIGNAL_S:
+                os._exit(128 + number)
+            return
+        self.number, self._first_at = number, time.monotonic()
         name = signal.Signals(number).name
         os.write(2, f"\n{name}: finishing this step and writing a checkpoint; once more stops at once.\n".encode())
 
@@ -66,3 +72,16 @@ class StopSignal(TrainerCallback):
             control.should_evaluate = False
             control.should_training_stop = True
         return control
+
+
+def leave_signals_to_parent(worker: int = 0) -> None:
+    """In a process that reads data: outlive a signal that reaches every process of the run, as its rows are needed yet.
+
+    Of SIGTERM only the first is passed over: it is also how a worker that does not end by itself is ended.
+    """
+
+    def passed_over(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, passed_over)
