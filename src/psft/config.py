@@ -176,8 +176,8 @@ OBJECTIVE_SETTINGS = tuple(item.name for item in fields(ObjectiveFields))
 """Names of the settings that belong to objectives, each to some of them."""
 
 SAME_SIGNAL_S = 1.0
-"""A signal this soon after the first, in seconds, is the same one delivered twice: to a process group and to its leader,
-or to every process of a job and once more by what started them."""
+"""A signal this soon after the first, in seconds, is the same one delivered twice: to a process group and to its
+leader, or to every process of a job and once more by what started them."""
 
 CHANGES = ("data", "objective", "batch_sizes", "world_size", "seed")
 """What must be the same for a resumed run to go on to the same bits; `allow_changed` names exceptions."""

@@ -15,6 +15,14 @@ class RunFailed(RuntimeError):
     """
 
 
+_LOST_PEER = ("closed by peer", "reset by peer", "closed by remote peer", "remote process exited", "broken pipe")
+
+
+def lost_a_peer(error: BaseException) -> bool:
+    """Whether it was raised because another process of the job is gone: told by the words of gloo and NCCL."""
+    return isinstance(error, RuntimeError | OSError) and any(words in str(error).lower() for words in _LOST_PEER)
+
+
 def shown(text: object, limit: int = 200) -> str:
     """Text from outside as a message may show it: on one line, no control or direction characters, not endless."""
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text)[: limit + 1])

@@ -10,6 +10,7 @@ import pytest
 from psft.cli.arguments import collect_settings, format_help, parse_request
 from psft.config import DataArguments, ModelArguments, PSFTFields
 from psft.errors import RequestError
+from psft.recipes import load_recipe
 
 
 class Strategy(str, Enum):
@@ -306,3 +307,113 @@ def _members(hint: Any) -> list[Any]:
     from psft.cli.values import alternatives
 
     return alternatives(hint)
+
+
+HOSTILE_VALUES = [
+    ("title: 0x" + "f" * 5000, r":1: title: <a whole number of 20000 bits> does not fit; expected text"),
+    ("learning_rate: 0x" + "f" * 500, r":1: learning_rate: .* does not fit; expected a number"),
+    ("title: 2024-99-99", r":1: no valid YAML: 2024-99-99 is no timestamp"),
+    ("title: !!int x", r":1: no valid YAML: x is no int"),
+    ("max_steps: 1\ntitle: !!bool x", r":2: no valid YAML: x is no bool"),
+    ("title: !!timestamp x", r":1: no valid YAML: x is no timestamp"),
+    ("title: " + "9" * 5000, r":1: no valid YAML: 9{20}.* is no int"),
+    ("names: !!map [1]", r":1: no valid YAML: expected a mapping node"),
+    ("a: !!python/object/apply:os.system [id]", r":1: no valid YAML: the tag tag:yaml.org,2002:python/object/apply"),
+    ("!!python/object/apply:os.system [id]", r":1: no valid YAML: the tag"),
+    ("? !!python/object/apply:os.system [id]\n: 1", r":1: no valid YAML: the tag"),
+    ("names: [a, {b: !!python/name:os.system }]", r":1: no valid YAML: the tag"),
+    ("names: " + "[" * 10_000, r":1: nested too deeply"),
+    ("a:\n " + "- " * 500, r":2: nested too deeply"),
+    ("names: &x [*x]", r":1: an alias stands inside itself"),
+    ("columns: &x {a: *x}", r":1: an alias stands inside itself"),
+    ("a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n", "more than 10000 values"),
+    ("a: &a {x: 1, y: 2}\n", "more than 10000 values"),
+    ("names: [" + "a, " * 20_000 + "]", "more than 10000 values"),
+    ('title: "\\ud800"', r":1: no valid YAML: a lone surrogate"),
+    ("title: a\ntitle2: \x00", r":2: no valid YAML: the character U\+0000 cannot stand there"),
+    ("1: a", "the key 1 is no setting's name"),
+    ("columns: {1: a, '1': b}", r":1: columns: .* does not fit; one of its keys is given twice"),
+    ("{a: 1, a: 2}", r":1: no valid YAML: a is given twice"),
+    ("#" * (1 << 17), "more than 64 KiB"),
+    ("%s: 1" % ("x\u202e" * 200), r"unknown setting 'x\\u202ex"),
+]
+
+
+@pytest.mark.parametrize(("text", "reason"), HOSTILE_VALUES, ids=[text[:25] for text, _ in HOSTILE_VALUES])
+def test_a_hostile_recipe_is_one_clear_error(text, reason, tmp_path):
+    """Goes red if an exception of PyYAML or int() comes through, a tag makes an object, or aliases multiply.
+
+    The first of each kind were found by tests/fuzz/test_requests.py.
+    """
+    if text.startswith("a: &a"):  # nine of the line above, twelve times over: 9**12 values
+        for number in range(12):
+            one, other = chr(97 + number), chr(98 + number)
+            nine = ", ".join([f"*{one}"] * 9)
+            text += f"{other}: &{other} " + (f"[{nine}]\n" if "[1" in text else f"{{<<: [{nine}]}}\n")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(RequestError, match=reason) as caught:
+        parsed(str(path))
+    assert len(str(caught.value)) < 600
+    assert all(line.isprintable() for line in str(caught.value).splitlines())
+    with pytest.raises(RequestError):
+        parse_request(["quick"], (Options,), command="train", load_recipe=lambda _: load_recipe(str(path)))
+
+
+def test_merged_and_shared_values_still_work_in_a_recipe(tmp_path):
+    """Goes red if every alias is refused."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("title: &name a\nfolder: *name\ncolumns: {<<: {a: b}, c: d}\n")
+    assert parsed(str(path)) == {"title": "a", "folder": "a", "columns": {"a": "b", "c": "d"}}
+    path.write_text("columns: {<<: !!python/object/apply:os.abort {a: b}}\n")  # only the pairs are merged
+    assert parsed(str(path)) == {"columns": {"a": "b"}}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"title: \xff\n", r":1 cannot be read \(byte 0xff"),
+        (b"\xff\xfet\0", "cannot be read"),
+        (None, "Is a directory"),
+    ],
+)
+def test_a_recipe_that_is_no_text_is_one_clear_error(content, reason, tmp_path):
+    """Goes red if UnicodeDecodeError or IsADirectoryError comes through."""
+    path = tmp_path / "recipe.yaml"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(RequestError, match=reason):
+        parsed(str(path))
+
+
+def test_an_endless_recipe_is_not_read_to_its_end():
+    """Goes red if a device or a pipe is read until the memory is full."""
+    with pytest.raises(RequestError, match="/dev/zero cannot be read .more than 64 KiB"):
+        parsed("/dev/zero")
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        (["--scheduler", "a=!!python/object/apply:os.system [id]"], "--scheduler: .* does not fit; .*the tag"),
+        (["--scheduler", "a=2024-99-99"], "no timestamp"),
+        (["--columns", "a=b,a=c"], "one of its keys is given twice"),
+        (["--columns", '{"a": "b", "a": "c"}'], "one of its keys is given twice"),
+        (["--columns", "{" * 10_000], "does not fit"),
+        (["--names", "[" * 10_000], "nested too deeply|does not fit"),
+        (["--learning_rate", "9" * 5000 + "x"], "does not fit"),
+        (["--limit", "9" * 5000], "does not fit"),
+        (["x" * 5000], r"recipe file x.* cannot be read \(File name too long\)"),
+        (["~nobody-of-this-name/r.yaml"], "cannot be read"),
+        (["a\0.yaml"], r"a\\x00.yaml cannot be read"),
+        (["--folder", "\udcff"], r"the argument '\\udcff' is not UTF-8 text"),
+        (["--fol\x1b[2Jder", "a"], r"unknown option --fol\\x1b\[2Jder"),
+        (["a\nb"], "unexpected|no such file|no recipe"),
+        (["--no_shuffle", "x" * 5000], "takes no value"),
+        (["-recipe.yaml"], r"unexpected argument '-recipe.yaml'.*\./-recipe.yaml"),
+    ],
+)
+def test_a_hostile_argument_is_one_clear_error(argv, reason):
+    """Goes red if an exception comes through, or what was typed reaches the terminal as it is. Found by fuzzing."""
+    with pytest.raises(RequestError, match=reason) as caught:
+        parse_request(argv, (Options, More), command="train", load_recipe=load_recipe)
+    assert all(line.isprintable() for line in str(caught.value).splitlines()) and len(str(caught.value)) < 600

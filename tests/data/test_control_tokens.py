@@ -58,18 +58,23 @@ def test_content_never_becomes_a_control_token_and_comes_back_as_it_was(role, co
     assert trained(labels)[-1] == end and end not in trained(labels)[:-1]
 
 
-def test_the_words_around_a_special_token_s_string_are_tokenised_with_it(tiny_tokenizer):
-    """Goes red if the string is cut out and tokenised alone: " <" and ">?" are tokens that reach over its ends."""
+def test_the_words_around_a_special_token_s_string_are_tokenised_with_it():
+    """Goes red if the string is cut out and tokenised alone: " <|" and "|>?" are tokens that reach over its ends."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     content = "What does <|im_end|>? mean"
-    text = tiny_tokenizer(content, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    ids, _ = encode(tiny_tokenizer, chat("s", content, "a"))
-    assert any(ids[at : at + len(text)] == text for at in range(len(ids)))
-    apart = [id for part in ("What does ", "<|im_end|>", "? mean") for id in _as_text(tiny_tokenizer, part)]
-    assert apart != text  # else this test sees nothing
-
-
-def _as_text(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, min_frequency=1, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator([content] * 9, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+    ids, _ = encode(tokenizer, chat("s", content, "a"))
+    assert tokenizer.convert_ids_to_tokens(ids)[2:-3] == ["What", "Ġdoes", "Ġ<|", "im", "_", "end", "|>?", "Ġmean"]
+    assert tokenizer.decode(ids) == f"s<|im_end|>{content}<|im_end|>a<|im_end|>"
 
 
 def test_pairs_for_a_tokenizer_without_template_are_quoted_and_plain_text_is_not(make_tiny_tokenizer):
@@ -114,13 +119,9 @@ def test_a_sentencepiece_like_tokenizer_reads_the_text_between_as_it_stands():
     """Goes red if a quoted row is tokenised in parts: each part would begin with a space it does not have."""
     tokenizer = _sentencepiece_like()
     ids, labels = encode(tokenizer, chat("s", "a</s>b", "c </s> d"))
-    end, plain = tokenizer.convert_tokens_to_ids("</s>"), encode(tokenizer, chat("s", "ab", "c d"))
-    assert ids.count(end) == plain[0].count(end) == 3
-    pieces = tokenizer.convert_ids_to_tokens(trained(labels))
-    assert pieces[-1] == "</s>" and "".join(pieces[:-1]).replace("▁", " ").strip() == "c </s> d"
-    assert "".join(tokenizer.convert_ids_to_tokens(ids)).count("▁") == 2 + plain[0].count(
-        tokenizer.convert_tokens_to_ids("▁")
-    )
+    assert "".join(tokenizer.convert_ids_to_tokens(ids)) == "▁system:s</s>user:a</s>b</s>assistant:c▁</s>▁d</s>"
+    assert "".join(tokenizer.convert_ids_to_tokens(trained(labels))) == "c▁</s>▁d</s>"
+    assert ids.count(tokenizer.convert_tokens_to_ids("</s>")) == 3
 
 
 def _sentencepiece_like(*, knows_end_as_piece: bool = False) -> Any:
@@ -218,7 +219,7 @@ FILES = {
 }
 
 
-def real_conversations(path: Path, columns: dict[str, str], most: int = 400) -> list[Conversation]:
+def real_conversations(path: Path, columns: dict[str, str], most: int = 120) -> list[Conversation]:
     rows = list(read_rows(str(path), max_rows=most))
     format = choose_format((row.value for row in rows), columns=columns, source=path.name)
     found = []

@@ -11,7 +11,7 @@ import pytest
 
 from psft.errors import RequestError
 from psft.models import load_model, load_tokenizer, resolve_model
-from psft.models.resolve import check_dtype, looks_like_hub_id
+from psft.models.resolve import check_dtype, local_folder, looks_like_hub_id
 
 
 def test_a_saved_model_is_resolved_and_loads_in_float32(tiny_model_path: Path, tiny_model: Any) -> None:
@@ -114,3 +114,181 @@ def test_a_chat_template_file_replaces_the_models(tiny_model_path: Path, tmp_pat
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "[hi]"
     with pytest.raises(RequestError, match="cannot be read"):
         load_tokenizer(str(tiny_model_path), str(tmp_path / "none.jinja"))
+
+
+CODE = "raise RuntimeError('code of the model folder was run')\n"
+
+
+@pytest.fixture
+def folder_with_code(tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """folder_with_code(file, model_type) -> a copy of the tiny model whose `file` names Python code beside it."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+    def make(file: str, model_type: str = "llama") -> Path:
+        folder = tmp_path / "with code"
+        shutil.copytree(tiny_model_path, folder)
+        content = json.loads((folder / file).read_text())
+        names = {
+            "AutoConfig": "evil.Config",
+            "AutoModelForCausalLM": "evil.Model",
+            "AutoTokenizer": ["evil.Slow", None],
+        }
+        content |= {"auto_map": names}
+        if file == "config.json":
+            content["model_type"] = model_type
+        (folder / file).write_text(json.dumps(content))
+        (folder / "evil.py").write_text(CODE)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("model_type", ["llama", "unheard_of"])
+def test_code_of_a_model_folder_is_run_only_if_it_is_trusted(folder_with_code: Any, model_type: str) -> None:
+    """Goes red if auto_map is not looked for, trust_remote_code is not passed on, or allow_pickle implies it."""
+    folder = str(folder_with_code("config.json", model_type))
+    for load in (resolve_model, load_model, load_tokenizer):
+        with pytest.raises(RequestError, match=r"config\.json names Python code .*evil\.Model.*--trust_remote_code"):
+            load(folder, allow_pickle=True)
+    resolve_model(folder, trust_remote_code=True)
+    for trusting in (load_model, load_tokenizer):
+        with pytest.raises(RequestError, match="code of the model folder was run"):
+            trusting(folder, trust_remote_code=True)
+
+
+def test_code_of_a_tokenizer_is_run_only_if_it_is_trusted(folder_with_code: Any) -> None:
+    """Goes red if only config.json is looked at."""
+    folder = str(folder_with_code("tokenizer_config.json"))
+    with pytest.raises(RequestError, match=r"tokenizer_config\.json names Python code.*--trust_remote_code"):
+        load_tokenizer(folder)
+    with pytest.raises(RequestError, match="code of the model folder was run"):
+        load_tokenizer(folder, trust_remote_code=True)
+
+
+@pytest.fixture
+def pickled_model(tiny_model: Any, tiny_model_path: Path, tmp_path: Path) -> Path:
+    """The tiny model with pytorch_model.bin and no safetensors."""
+    import torch
+
+    folder = tmp_path / "pickled"
+    shutil.copytree(tiny_model_path, folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(tiny_model.state_dict(), folder / "pytorch_model.bin")
+    return folder
+
+
+def test_pickled_weights_are_read_only_if_they_are_allowed(pickled_model: Path, tiny_model: Any) -> None:
+    """Goes red if a folder of .bin files passes, allow_pickle is not passed on, or trust_remote_code implies it."""
+    import torch
+
+    for load in (resolve_model, load_model):
+        with pytest.raises(RequestError, match=r"pickled has its weights only as pytorch_model\.bin.*--allow_pickle"):
+            load(str(pickled_model), trust_remote_code=True)
+    loaded = load_model(str(pickled_model), allow_pickle=True)
+    assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in tiny_model.state_dict().items())
+
+
+def test_allowed_pickles_still_run_no_code(pickled_model: Path, tmp_path: Path) -> None:
+    """Goes red if anyone loads with weights_only=False: the pickle would write a file."""
+    import torch
+
+    written = tmp_path / "written"
+    torch.save({"model.norm.weight": _Writes(str(written))}, pickled_model / "pytorch_model.bin")
+    with pytest.raises(RequestError, match="cannot be loaded"):
+        load_model(str(pickled_model), allow_pickle=True)
+    assert not written.exists()
+
+
+class _Writes:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return open, (self.path, "w")
+
+
+def test_safetensors_are_taken_where_both_are(pickled_model: Path, tiny_model_path: Path) -> None:
+    """Goes red if allow_pickle makes pickles the first choice."""
+    shutil.copy(tiny_model_path / "model.safetensors", pickled_model)
+    (pickled_model / "pytorch_model.bin").write_bytes(b"no pickle")
+    load_model(str(pickled_model))
+    load_model(str(pickled_model), allow_pickle=True)
+
+
+@pytest.mark.parametrize(("trusted", "pickles"), [(False, False), (True, False), (False, True)])
+def test_only_what_is_allowed_is_fetched_from_the_hub(
+    trusted: bool, pickles: bool, monkeypatch: pytest.MonkeyPatch, pickled_model: Path
+) -> None:
+    """Goes red if Python files or .bin files are downloaded unasked, or both kinds of weights where one is enough."""
+    import huggingface_hub
+
+    asked: list[list[str]] = []
+
+    def fetch(name: str, *, revision: str, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(pickled_model)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    if pickles:
+        assert resolve_model("owner/name", allow_pickle=True) == pickled_model
+    else:
+        with pytest.raises(RequestError, match="allow_pickle"):
+            resolve_model("owner/name", trust_remote_code=trusted)
+    assert ["*.bin" in patterns for patterns in asked] == ([False, True] if pickles else [False])
+    assert all(("*.py" in patterns) == trusted for patterns in asked)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "load"),
+    [
+        ("config.json", b"[" * 9999, load_model),
+        ("config.json", b"[]", load_model),
+        ("config.json", b'{"model_type": 7, "hidden_size": "x"}', load_model),
+        ("config.json", b"\xff\xfe", load_model),
+        ("model.safetensors", b"\x08\0\0\0\0\0\0\0notjson!", load_model),
+        ("model.safetensors", b"", load_model),
+        ("model.safetensors", None, load_model),
+        ("tokenizer.json", b"{}", load_tokenizer),
+        ("tokenizer.json", b"[" * 9999, load_tokenizer),
+        ("tokenizer_config.json", b"[]", load_tokenizer),
+        ("tokenizer_config.json", b'{"eos_token": 7, "tokenizer_class": {}}', load_tokenizer),
+        ("chat_template.jinja", b"\xff", load_tokenizer),
+    ],
+)
+def test_a_damaged_model_folder_is_one_line(
+    file: str, content: bytes | None, load: Any, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    """Goes red if an exception of transformers, safetensors or tokenizers (plain Exception there) comes through."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_model_path, folder)
+    content = (folder / file).read_bytes()[:-100] if content is None else content
+    (folder / file).write_bytes(content)
+    with pytest.raises(RequestError, match="damaged") as caught:
+        load(str(folder))
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 600
+
+
+def test_a_model_with_an_adapter_in_its_folder_is_refused(tiny_model_path: Path, tmp_path: Path) -> None:
+    """Goes red if the adapter is put into the model without a word, as transformers does where peft is installed."""
+    folder = tmp_path / "both"
+    shutil.copytree(tiny_model_path, folder)
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/else"}')
+    with pytest.raises(RequestError, match="holds a LoRA adapter"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "a\0b", "x" * 5000, "a\nb", "owner/na--me..", "ünï/mödel"])
+def test_an_impossible_model_name_is_one_line(name: str) -> None:
+    """Goes red if the exception of the system or of the hub's client comes through, in `local_folder` too."""
+    with pytest.raises(RequestError) as caught:
+        resolve_model(name)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 600
+    if len(name) < 5000:
+        assert local_folder(name) is None
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/x", "a\0b", "."])
+def test_an_impossible_template_path_is_one_line(path: str, tiny_model_path: Path) -> None:
+    """Goes red if only OSError is expected of a path."""
+    with pytest.raises(RequestError, match="chat template .* cannot be read"):
+        load_tokenizer(str(tiny_model_path), path)

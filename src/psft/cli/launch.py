@@ -31,7 +31,7 @@ from typing import Any
 
 from psft.accelerate import KINDS, config_file
 from psft.config import SAME_SIGNAL_S, LaunchArguments
-from psft.errors import RequestError, RunFailed, shown
+from psft.errors import RequestError, RunFailed, lost_a_peer, shown
 
 FOLDER = "PSFT_LAUNCH_FOLDER"
 """Environment variable of the ranks: a folder in which they tell their launcher how they ended."""
@@ -39,7 +39,6 @@ _FAILURE, _STOPPED = "failure.json", "stopped.json"
 _LAUNCHED = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
 """What torchrun, accelerate, DeepSpeed and MPI tell the processes they start."""
 _LOST_PEER_S = 5.0  # a rank that lost another waits this long for that one's own reason
-_LOST_PEER = ("closed by peer", "reset by peer", "closed connection", "broken pipe", "remote process has terminated")
 
 
 @dataclass(frozen=True)
@@ -196,6 +195,7 @@ def start(launch: Launch, arguments: Sequence[str]) -> int:
         RunFailed: a rank ended without a word of its own: killed, or crashed outside Python.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     signals = _Signals()
@@ -203,12 +203,16 @@ def start(launch: Launch, arguments: Sequence[str]) -> int:
         folder = Path(temporary)
         options = ["--config_file", str(launch.config), "--num_processes", str(launch.num_processes)]
         options += ["--num_cpu_threads_per_process", str(_threads(launch))]
-        options += ["--module", "psft.cli.main", *arguments]
+        asked = launch_command_parser().parse_args([*options, "--module", "psft.cli.main", *arguments])
+        # Not SIGINT and SIGTERM: torchrun would send them to the workers that read data, too, and then soon SIGKILL
+        asked.signals_to_handle = "SIGHUP,SIGQUIT"
         try:
             with _environment(folder, launch), signals.handed_on(), _without_noise():
-                launch_command(launch_command_parser().parse_args(options))
+                launch_command(asked)
         except ChildFailedError as error:
             return _exit_code(folder, signals.number, error)
+        except SignalException as error:
+            return 128 + error.sigval
         stopped = _read(folder / _STOPPED)
         return 0 if stopped is None else int(stopped["code"])
 
@@ -244,8 +248,6 @@ class _Signals:
 
     @contextlib.contextmanager
     def handed_on(self) -> Iterator[None]:
-        # torchrun's own way is SIGTERM to whole process groups, the workers that read data included, then SIGKILL
-        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -362,7 +364,7 @@ def _leave(code: int) -> None:
 
 def _is_first(folder: Path, rank: int, code: int, error: BaseException) -> bool:
     """Whether no rank has failed before this one; the first one's code is written down for the launcher."""
-    is_lost_peer = isinstance(error, (RuntimeError, OSError)) and any(t in str(error).lower() for t in _LOST_PEER)
+    is_lost_peer = lost_a_peer(error)
     if is_lost_peer:
         end = time.monotonic() + _LOST_PEER_S
         while time.monotonic() < end and not (folder / _FAILURE).exists():

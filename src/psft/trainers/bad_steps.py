@@ -31,11 +31,24 @@ class BadSteps:
             return False
         return True
 
-    def skip(self, step: int, loss: Tensor, grad_norm: Any, rows: list[int]) -> None:
-        """Count a bad step and name its rows."""
+    def skip(self, step: int, loss: Tensor, grad_norm: Any, rows: list[int], *, is_taken: bool = False) -> None:
+        """Count a bad step and name its rows.
+
+        Args:
+            is_taken: the weights have changed by it already: DeepSpeed takes a step inside the backward pass.
+        Raises:
+            RunFailed: it is taken.
+        """
         self.in_a_row += 1
         what = {"step": step, "loss": str(float(loss)), "grad_norm": str(float(grad_norm)), "rows": rows}
         self.found.append(what)
+        if is_taken:
+            raise RunFailed(
+                f"step {step} had loss {what['loss']} and gradient norm {what['grad_norm']} (rows "
+                f"{', '.join(map(str, rows))} of the training data), and DeepSpeed takes a step before it can be "
+                "passed over. Every checkpoint is from before it. Look at these rows, lower learning_rate, or use "
+                "--accelerate fsdp2, which passes over such a step."
+            )
         logger.warning(
             "step %d is passed over: loss %s, gradient norm %s. Rows of the training data: %s.",
             step, what["loss"], what["grad_norm"], ", ".join(map(str, rows)),

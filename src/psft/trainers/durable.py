@@ -102,8 +102,10 @@ class DurableTrainer(SFTTrainer):
             rows = sorted(gather_object(rows)) if self.args.world_size > 1 else sorted(rows)
             for parameter in model.parameters():
                 parameter.grad = None  # an optimizer passes over what has no gradient: neither moments nor decay
-            self.bad_steps.skip(self.state.global_step + 1, loss, norm, rows)
-            self.recorder.write_bad_steps()
+            try:
+                self.bad_steps.skip(self.state.global_step + 1, loss, norm, rows, is_taken=self.is_deepspeed_enabled)
+            finally:
+                self.recorder.write_bad_steps()
             self.bad_steps.stop_if_too_many()
         return norm
 

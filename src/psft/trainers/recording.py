@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from psft.errors import RequestError, RunFailed
+from psft.errors import RequestError, RunFailed, lost_a_peer
 from psft.runs import RunFolder, command_line, describe_environment
 from psft.runs.checkpoints import remove_leftovers
 from psft.trainers.evaluation import HeldOutResult
@@ -125,6 +125,8 @@ class RunRecorder:
                 f"{str(error).splitlines()[0]}. A worker that reads data died, of too little memory as a rule. Lower "
                 f"dataloader_num_workers. {onward}"
             )
+        if self.trainer.args.world_size > 1 and lost_a_peer(error):
+            return RunFailed(f"another rank is gone: {str(error).splitlines()[0]} {onward}")
         if isinstance(error, OSError):
             what = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
             return RunFailed(f"{self.folder.path} cannot be written: {what}. Make room or mend it. {onward}")
