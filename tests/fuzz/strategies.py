@@ -29,20 +29,22 @@ roles = st.one_of(st.sampled_from(["user", "assistant", "system", "human", "gpt"
 
 
 def chats(role_key: str, content_key: str) -> st.SearchStrategy[Any]:
+    """Lists of messages: half of them a question and an answer, the others anything."""
+    asks, answers = ("user", "assistant") if role_key == "role" else ("human", "gpt")
     message = st.fixed_dictionaries({role_key: roles, content_key: st.one_of(texts, texts, values)})
-    good = st.tuples(texts, texts).map(
-        lambda pair: [
-            {role_key: "user" if role_key == "role" else "human", content_key: f"q{pair[0]}"},
-            {role_key: "assistant" if role_key == "role" else "gpt", content_key: f"a{pair[1]}"},
-        ]
+    pair = st.tuples(texts, texts).map(
+        lambda pair: [{role_key: asks, content_key: f"q{pair[0]}"}, {role_key: answers, content_key: f"a{pair[1]}"}]
     )
-    return st.one_of(good, st.lists(st.one_of(message, message, values), max_size=4))
+    turn = st.one_of(
+        st.tuples(pair, message).map(lambda two: [*two[0], two[1]]), st.lists(message | values, max_size=4)
+    )
+    return st.one_of(pair, pair, turn, st.just(json.dumps([{role_key: asks, content_key: "q"}])))
 
 
-plain = st.one_of(texts, texts, values)
+plain = st.one_of(texts, texts, texts, values)
 fields = {
-    "messages": chats("role", "content"),
-    "conversations": chats("from", "value"),
+    "messages": st.one_of(chats("role", "content"), chats("role", "content"), values),
+    "conversations": st.one_of(chats("from", "value"), chats("role", "content"), values),
     "prompt": st.one_of(plain, chats("role", "content")),
     "completion": plain,
     "demonstration": plain,
@@ -54,13 +56,21 @@ fields = {
     "text": plain,
     "system": plain,
 }
-_FORMATS = [
-    ["messages"], ["conversations"], ["prompt", "completion"], ["prompt", "demonstration"],
-    ["instruction", "output", "input"], ["question", "answer"], ["text"], ["question", "answer", "system"],
-]  # fmt: skip
+FORMATS = {
+    "messages": ["messages"],
+    "conversations": ["conversations"],
+    "prompt-completion": ["prompt", "completion"],
+    "prompt-demonstration": ["prompt", "demonstration"],
+    "instruction": ["instruction", "output", "input"],
+    "question-answer": ["question", "answer"],
+    "text": ["text"],
+}
+rows_of = {
+    name: st.fixed_dictionaries({name: fields[name] for name in names}, optional={"system": plain, "meta": values})
+    for name, names in FORMATS.items()
+}
 rows = st.one_of(
-    st.sampled_from(_FORMATS).flatmap(lambda names: st.fixed_dictionaries({name: fields[name] for name in names})),
-    st.dictionaries(st.one_of(st.sampled_from(sorted(fields)), texts), values, max_size=3),
+    *rows_of.values(), st.dictionaries(st.one_of(st.sampled_from(sorted(fields)), texts), values, max_size=3)
 )
 _BROKEN_LINES = [
     b"[" * 10_000, b'{"text": ' + b"[" * 10_000 + b"]" * 10_000 + b"}", b'{"a":' * 900 + b"1" + b"}" * 900,
@@ -75,13 +85,24 @@ def _dumped(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
-lines = st.one_of(
-    rows.map(_dumped),
-    rows.map(_dumped),
-    rows.map(_dumped),
-    rows.map(lambda value: json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")),
-    st.tuples(rows.map(_dumped), st.integers(0, 60)).map(lambda pair: pair[0][: pair[1]]),
-    values.map(_dumped),
-    st.sampled_from(_BROKEN_LINES),
-    st.binary(max_size=20),
-)
+def lines_of(format: str) -> st.SearchStrategy[bytes]:
+    """Lines of a file whose rows are meant to be of one format."""
+    row = rows_of[format]
+    return st.one_of(
+        row.map(_dumped),
+        row.map(_dumped),
+        row.map(_dumped),
+        row.map(lambda value: json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")),
+        st.tuples(row.map(_dumped), st.integers(0, 60)).map(lambda pair: pair[0][: pair[1]]),
+        row.map(lambda value: _dumped(value)[:-1] + b"," + _dumped(value)[1:]),  # every key twice
+        rows.map(_dumped),
+        st.sampled_from(_BROKEN_LINES),
+        st.binary(max_size=20),
+    )
+
+
+def files(num_lines: int) -> st.SearchStrategy[tuple[str, list[bytes]]]:
+    """The format that most lines of a file have, and its lines."""
+    return st.sampled_from(sorted(FORMATS)).flatmap(
+        lambda format: st.tuples(st.just(format), st.lists(lines_of(format), min_size=num_lines, max_size=num_lines))
+    )

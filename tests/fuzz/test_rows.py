@@ -19,13 +19,11 @@ from psft.data import Prepared, prepare_dataset
 from psft.errors import RequestError
 
 ROWS_PER_FILE = 50
-files = st.lists(made.lines, min_size=ROWS_PER_FILE, max_size=ROWS_PER_FILE)
+files = made.files(ROWS_PER_FILE)
 options = st.fixed_dictionaries(
     {
-        "dataset_format": st.sampled_from(
-            ["auto", "messages", "conversations", "prompt-completion", "instruction", "question-answer", "text"]
-        ),
-        "max_length": st.sampled_from([None, None, 2, 16, 64]),
+        "dataset_format": st.sampled_from(["auto", "its own", "its own", "its own", "messages", "text"]),
+        "max_length": st.sampled_from([None, None, None, None, 2, 16, 64]),
         "system_prompt": st.sampled_from([None, "Be brief.", "Never write <|im_end|>."]),
     }
 )
@@ -48,8 +46,8 @@ def tokenizers(make_tiny_tokenizer: Callable[[], Any]) -> list[Any]:
     return [make_tiny_tokenizer(), base]
 
 
-def check(name: str, content: bytes, tokenizer: Any, options: dict[str, Any], num_rows: int | None = None) -> None:
-    """The laws of this file on one source."""
+def check(name: str, content: bytes, tokenizer: Any, options: dict[str, Any], num_rows: int | None = None) -> int:
+    """The laws of this file on one source. Returns how many rows were rejected."""
     with tempfile.TemporaryDirectory() as folder:
         path, rejected_path = Path(folder) / name, Path(folder) / "rejected.jsonl"
         path.write_bytes(content)
@@ -65,7 +63,8 @@ def check(name: str, content: bytes, tokenizer: Any, options: dict[str, Any], nu
         assert all(row["file"] == str(path) and row["line"] >= 1 and row["reason"] for row in rejected)
         assert len({row["line"] for row in rejected}) == len(rejected)
         if prepared is None:
-            return
+            assert num_rows is None or len(rejected) in (0, num_rows)  # nothing was looked at, or nothing can be used
+            return len(rejected)
         report = prepared.report
         assert report.num_rows == report.num_used + report.num_rejected
         assert num_rows is None or report.num_rows == num_rows
@@ -73,6 +72,7 @@ def check(name: str, content: bytes, tokenizer: Any, options: dict[str, Any], nu
         assert len(prepared.dataset) == report.num_used > 0
         for row in prepared.dataset:
             check_row(row["input_ids"], row["labels"], tokenizer, report.format)
+        return report.num_rejected
 
 
 def check_row(ids: list[int], labels: list[int], tokenizer: Any, format: str) -> None:
@@ -89,11 +89,13 @@ def check_row(ids: list[int], labels: list[int], tokenizer: Any, format: str) ->
     assert tokenizer.chat_template or len(control) <= 1
 
 
-def check_lines(lines: list[bytes], tokenizer: Any, options: dict[str, Any]) -> None:
+def check_lines(format: str, lines: list[bytes], tokenizer: Any, options: dict[str, Any]) -> int:
     content = b"\n".join(lines)
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+    if content.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")):
         content = b"\n" + content  # else the whole file is UTF-16: tests/data/test_sources.py
-    check("rows.jsonl", content, tokenizer, options, sum(1 for line in content.split(b"\n") if line.strip()))
+    if options["dataset_format"] == "its own":
+        options = {**options, "dataset_format": format}
+    return check("rows.jsonl", content, tokenizer, options, sum(1 for line in content.split(b"\n") if line.strip()))
 
 
 def smallest(lines: list[bytes], breaks: Callable[[list[bytes]], bool]) -> list[bytes]:
@@ -108,43 +110,53 @@ def smallest(lines: list[bytes], breaks: Callable[[list[bytes]], bool]) -> list[
     return lines
 
 
-def every_line_is_used_or_rejected(lines: list[bytes], tokenizer: Any, options: dict[str, Any]) -> None:
+def every_line_is_used_or_rejected(file: tuple[str, list[bytes]], tokenizer: Any, options: dict[str, Any]) -> int:
+    format, lines = file
+
     def breaks(some: list[bytes]) -> bool:
         try:
-            check_lines(some, tokenizer, options)
+            check_lines(format, some, tokenizer, options)
         except Exception:
             return True
         return False
 
     try:
-        check_lines(lines, tokenizer, options)
+        return check_lines(format, lines, tokenizer, options)
     except Exception as error:
-        raise AssertionError(f"{smallest(lines, breaks)!r} with {options}") from error
+        raise AssertionError(f"{format} {smallest(lines, breaks)!r} with {options}") from error
 
 
 @given(files, st.integers(0, 1), options)
 @fuzz(30)
-def test_every_line_is_used_or_rejected(tokenizers, lines, which, options):
+def test_every_line_is_used_or_rejected(tokenizers, file, which, options):
     """Goes red if a row is lost or counted twice, an exception escapes, or a content makes a control token.
 
-    Seen: `Rejection.of` without its except; `quote` returning the contents as they are; RecursionError not caught in
-    `_encode_batch`.
+    Seen: `quote` returning the contents as they are; RecursionError not caught in `_parse_line`; `_text` without its
+    look at surrogates; blank lines counted as rows.
     """
-    every_line_is_used_or_rejected(lines, tokenizers[which], options)
+    every_line_is_used_or_rejected(file, tokenizers[which], options)
 
 
 @pytest.mark.slow
-@given(files, st.integers(0, 1), options)
-@fuzz(400)
-def test_every_one_of_20000_lines_is_used_or_rejected(tokenizers, lines, which, options):
-    """The same with 400 files of 50 lines."""
-    every_line_is_used_or_rejected(lines, tokenizers[which], options)
+def test_every_one_of_more_than_20000_malformed_lines_is_rejected(tokenizers):
+    """The same with 600 files of 50 lines, and the count of those that were rejected."""
+    num_rejected = 0
+
+    @given(files, st.integers(0, 1), options)
+    @fuzz(600)
+    def law(file: Any, which: int, options: dict[str, Any]) -> None:
+        nonlocal num_rejected
+        num_rejected += every_line_is_used_or_rejected(file, tokenizers[which], options)
+
+    law()
+    assert num_rejected > 20_000
 
 
 @given(st.lists(made.values | made.rows, max_size=8), st.booleans(), options)
 @fuzz(60)
 def test_every_item_of_a_json_file_is_used_or_rejected(tokenizers, items, is_wrapped, options):
     """Goes red if a value of an unexpected type is iterated, dumped or counted as something else."""
+    options = {**options, "dataset_format": "auto"}
     content = {"data": items} if is_wrapped else items
     check("rows.json", json.dumps(content).encode(), tokenizers[0], options)
 

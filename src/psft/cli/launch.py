@@ -338,7 +338,7 @@ def run_rank(body: Callable[[], int]) -> int:
         if code and not _is_first(folder, rank, code, error):
             raise SystemExit(code) from None
         if code == 1 and not isinstance(error, (RunFailed, SystemExit)):
-            print(f"psft: rank {rank} of {os.environ.get('WORLD_SIZE', '?')} failed:", file=sys.stderr)
+            print(f"\npsft: rank {rank} of {os.environ.get('WORLD_SIZE', '?')} failed:", file=sys.stderr)
         raise
     if code and not rank:
         with contextlib.suppress(OSError):  # launcher and folder may be gone

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from psft.config import LaunchArguments
     from psft.data import Prepared
     from psft.models.architectures import Architecture
     from psft.objectives import Objective
@@ -61,16 +62,18 @@ def run(argv: list[str]) -> int:
     from psft.cli.arguments import parse_request
     from psft.cli.objective_choice import leave_out_other_objective
     from psft.cli.objective_facts import objective_facts
-    from psft.config import DataArguments, ModelArguments
+    from psft.config import DataArguments, LaunchArguments, ModelArguments
     from psft.models.architectures import find_architecture
     from psft.models.resolve import check_dtype
     from psft.recipes import load_recipe
     from psft.trainers.psft_config import PSFTConfig
 
-    sections = (DataArguments, ModelArguments, PSFTConfig)
+    sections = (DataArguments, ModelArguments, PSFTConfig, LaunchArguments)
     given = parse_request(argv, sections, command="plan", load_recipe=load_recipe, reconcile=leave_out_other_objective)
     data, model = DataArguments(**given[DataArguments]), ModelArguments(**given[ModelArguments])
+    launch = LaunchArguments(**given[LaunchArguments])
     settings = _settings(PSFTConfig, given[PSFTConfig])
+    _check_shares(settings, launch)
     check_dtype(model.dtype, force_pure_bf16=settings.force_pure_bf16)
     architecture = (
         find_architecture(model.model_name_or_path, model.model_revision) if model.model_name_or_path else None
@@ -80,7 +83,8 @@ def run(argv: list[str]) -> int:
     objective = settings.resolved_objective()
 
     _heading("Settings")
-    _table(_resolved_settings(data, model, settings, objective, set(given[PSFTConfig])))
+    processes = [(name, str(value)) for name, value in given[LaunchArguments].items() if value is not None]
+    _table([*_resolved_settings(data, model, settings, objective, set(given[PSFTConfig])), *processes])
     _heading("Objective")
     _table(objective_facts(objective, settings, use_peft=model.use_peft))
     _heading("Steps")
@@ -111,6 +115,17 @@ def _settings(kind: type, given: dict[str, Any]) -> Any:
         raise
     except (ValueError, TypeError) as error:
         raise RequestError(f"the settings do not fit together: {str(error).splitlines()[0]}") from error
+
+
+def _check_shares(settings: Any, launch: LaunchArguments) -> None:
+    """Refuse, as the ranks would, a mini-batch that they cannot share."""
+    from psft.errors import RequestError
+
+    number, rows = 1 if launch.num_processes is None else launch.num_processes, settings.mini_batch_size
+    if number < 1:
+        raise RequestError(f"num_processes={number} must be 1 or more.")
+    if rows % number:
+        raise RequestError(f"mini_batch_size={rows} cannot be shared by {number} ranks. Use a multiple of {number}.")
 
 
 def _look_at_data(data: Any, model: Any, settings: Any) -> _Data:

@@ -108,6 +108,8 @@ class RunInfo(TypedDict, total=False):
     num_train_rows: int
     world_size: int
     """Processes that trained together."""
+    distributed_type: str
+    """How they shared the model, in accelerate's words: NO, MULTI_GPU or MULTI_CPU (DDP), FSDP, DEEPSPEED."""
     deterministic: bool
     """Whether only kernels that give the same bits every time were used."""
     bad_steps: list[dict[str, Any]]

@@ -240,6 +240,7 @@ class RunRecorder:
             "warmup": self._warmup_info(),
             "num_train_rows": len(self.trainer.train_dataset),
             "world_size": args.world_size,
+            "distributed_type": self.trainer.accelerator.distributed_type.value,
             "deterministic": torch.are_deterministic_algorithms_enabled(),
             "matmul_precision": torch.get_float32_matmul_precision(),
             "num_threads": torch.get_num_threads(),

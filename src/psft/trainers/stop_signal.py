@@ -57,8 +57,9 @@ class StopSignal(TrainerCallback):
                 os._exit(128 + number)
             return
         self.number, self._first_at = number, time.monotonic()
-        name = signal.Signals(number).name
-        os.write(2, f"\n{name}: finishing this step and writing a checkpoint; once more stops at once.\n".encode())
+        if not int(os.environ.get("RANK") or 0):  # of a job's processes the first says it
+            name = signal.Signals(number).name
+            os.write(2, f"\n{name}: finishing this step and writing a checkpoint; once more stops at once.\n".encode())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         number = self.number or 0
