@@ -16,10 +16,10 @@ from psft.cli import launch as launching
 from psft.cli.main import main
 from psft.errors import RequestError
 
+pytestmark = pytest.mark.slow  # starts whole jobs of several processes
+
 OBJECTIVE = """
 import os, signal, time, torch
-
-pytestmark = pytest.mark.slow  # starts whole jobs of several processes
 
 def gives_up(logps, completion_mask, *, normalizer, at=0, how="raise", _count=[0]):
     _count[0] += 1
