@@ -27,6 +27,13 @@ DEFAULTS = {
 }  # fmt: skip
 
 
+def spoiled(logps, completion_mask, *, normalizer, at, _calls=[0]):  # noqa: B006  one run of a process uses it
+    """SFT whose loss is no number on rank 1, in its call number `at`."""
+    _calls[0] += 1
+    factor = float("nan") if torch.distributed.get_rank() == 1 and _calls[0] == at else 1.0
+    return -factor * torch.where(completion_mask, logps, 0.0).sum() / normalizer
+
+
 class Counting(PSFTTrainer):
     """Keeps how many micro-batches this rank had before it was brought into step with the others."""
 
