@@ -149,6 +149,14 @@ def test_an_output_folder_with_a_run_is_not_touched(train, tmp_path, capsys):
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
 
 
+def test_an_output_folder_that_cannot_be_is_refused_before_anything_is_loaded(train, tmp_path, capsys, monkeypatch):
+    """Goes red if a person waits for data and weights first."""
+    monkeypatch.setattr("psft.models.load_tokenizer", lambda *args, **kwargs: pytest.fail("loaded"))
+    (tmp_path / "file").write_text("x")
+    assert train("--output_dir", str(tmp_path / "file" / "run")) == 2
+    assert "file is a file. Choose another --output_dir" in capsys.readouterr().err
+
+
 def test_a_misspelt_key_of_a_recipe_gets_the_nearest_name(train, tmp_path, capsys):
     (tmp_path / "mine.yaml").write_text("epsilon_hihg: 0.2\n")
     assert main(["train", str(tmp_path / "mine.yaml")]) == 2

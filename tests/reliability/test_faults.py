@@ -1,5 +1,6 @@
 """Faults of the machine: what happens, and that what was complete stays. The table is in docs/reliability.md."""
 
+import errno
 import json
 import os
 import resource
@@ -11,7 +12,9 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from psft.cli.train import PreparedRun
 from psft.errors import RequestError, RunFailed
+from psft.runs import RunFolder
 from psft.runs.checkpoints import newest_complete
 
 
@@ -71,6 +74,54 @@ def test_a_disk_that_fills_up_while_records_are_written_ends_the_run_in_words(ma
     assert rows_of(again) == rows_of(whole)
 
 
+@pytest.mark.parametrize("size", [100, 40_000], ids=["at the first record", "at the final model"])
+def test_a_disk_that_is_full_before_or_after_training_is_told_in_words(make_trainer, largest_file, size):
+    """Goes red if only what happens between the first and the last step is put into words."""
+
+    class Ending(TrainerCallback):
+        def on_train_end(self, *args, **kwargs):
+            largest_file(size)
+
+    run = PreparedRun(make_trainer("run", callbacks=[Ending()] if size > 100 else None, **SAVING), {})
+    if size == 100:
+        largest_file(size)
+    with pytest.raises(RunFailed, match=r"run.* cannot be written: .*--resume"):
+        run.train()
+    largest_file(resource.RLIM_INFINITY)
+    PreparedRun(make_trainer("run", resume=True, **SAVING), {}).train()
+    assert (Path(run.trainer.args.output_dir) / "model.safetensors").exists()
+
+
+def test_a_folder_that_becomes_unwritable_ends_the_run_in_words(make_trainer, monkeypatch):
+    """A disk that is mounted anew as read-only. Goes red if the error is a traceback, or the checkpoints go with it."""
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    trainer = make_trainer(callbacks=[At(4, lambda: monkeypatch.setattr(os, "replace", refuse))], **SAVING)
+    with pytest.raises(RunFailed, match=r"checkpoint 4 cannot be written.*Read-only.*--resume"):
+        trainer.train()
+    monkeypatch.undo()
+    assert newest_complete(Path(trainer.args.output_dir))[0].step == 3
+    settings = {**SAVING, "save_steps": 3}
+    again = make_trainer(
+        "again", callbacks=[At(4, lambda: monkeypatch.setattr(RunFolder, "append", refuse))], **settings
+    )
+    with pytest.raises(RunFailed, match=r"again cannot be written: Read-only.*--resume"):
+        again.train()
+    assert newest_complete(Path(again.args.output_dir))[0].step == 3
+
+
+def test_a_failure_elsewhere_keeps_its_traceback(make_trainer):
+    """Goes red if a file that a callback misses is told as a run folder that cannot be written."""
+
+    def read():
+        Path("no such file").read_text()
+
+    with pytest.raises(FileNotFoundError):
+        make_trainer(callbacks=[At(2, read)], **SAVING).train()
+
+
 def test_too_little_room_for_a_checkpoint_is_said_before_the_first_step(make_trainer, monkeypatch):
     """Goes red if the moments of AdamW are not counted: 12 bytes a parameter, and here there are 10."""
     trainer = make_trainer(**SAVING)
@@ -103,10 +154,42 @@ class DeadlyRows:
 
 
 def test_the_death_of_a_worker_ends_the_run_in_words(make_trainer, demonstrations):
+    """Goes red if the words of torch or of a pipe come through, which name no cause and no way on."""
     trainer = make_trainer(dataloader_num_workers=1, **SAVING)
     trainer.train_dataset = DeadlyRows(list(demonstrations))
     trainer._remove_unused_columns = lambda dataset, description: dataset
     with pytest.raises(RunFailed, match=r"worker that reads data died.*dataloader_num_workers.*--resume"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            "^DataLoader worker .* signal: Killed. A worker that reads data died",
+        ),
+        (EOFError(), "^EOFError. A worker that reads data died"),
+        (BrokenPipeError(32, "Broken pipe"), "^what read this output is gone.*--resume"),
+    ],
+)
+@pytest.mark.parametrize("is_saving", [True, False])
+def test_what_comes_from_elsewhere_is_not_blamed_on_the_disk(make_trainer, monkeypatch, error, message, is_saving):
+    """torch tells of a dead worker from a signal handler, so from any line; a pipe's end says nothing at all.
+
+    Goes red if it is taken for the failure of a checkpoint that is being written, or if its missing text is an error.
+    """
+    if is_saving and isinstance(error, BrokenPipeError):
+        pytest.skip("nothing is printed there")
+
+    def fail(*args):
+        raise error
+
+    callbacks = [] if is_saving else [At(2, fail)]
+    trainer = make_trainer(callbacks=callbacks, **SAVING)
+    if is_saving:
+        monkeypatch.setattr("psft.trainers.durable.save_state", fail)
+    with pytest.raises(RunFailed, match=message):
         trainer.train()
 
 

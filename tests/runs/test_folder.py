@@ -154,6 +154,51 @@ def test_an_output_folder_that_is_a_file_is_refused(tmp_path):
     for path in (tmp_path / "taken", tmp_path / "taken" / "inside"):
         with pytest.raises(RequestError, match="output_dir"):
             RunFolder(path).claim()
+        with pytest.raises(RequestError, match="output_dir.* is a file"):
+            RunFolder(path).check_writable()
+
+
+def test_an_output_folder_without_permission_is_refused_and_stays_as_it_is(tmp_path):
+    """Goes red if it is found out by writing, or if a folder that is still to be made is asked for its own permissions."""
+    closed, open_ = tmp_path / "closed", tmp_path / "open"
+    closed.mkdir(mode=0o555)
+    open_.mkdir()
+    RunFolder(open_ / "a" / "run").check_writable()
+    assert not any(open_.iterdir())
+    for path in (closed, closed / "a" / "run"):
+        assert "cannot be written: no permission in" in as_nobody(tmp_path, RunFolder(path).check_writable)
+
+
+def as_nobody(folder, function):
+    """The message of the RequestError that `function` raises where permissions count: root may write anywhere."""
+    told = folder / "told.txt"
+    told.write_text("nothing was raised")
+    told.chmod(0o666)
+    for path in (folder, *folder.parents[:2]):
+        path.chmod(path.stat().st_mode | 0o011)
+    child = os.fork()
+    if child == 0:
+        try:
+            if os.geteuid() == 0:
+                os.setuid(65534)
+            function()
+        except BaseException as error:
+            told.write_text(f"{type(error).__name__}: {error}")
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert told.read_text().startswith("RequestError: ")
+    return told.read_text()
+
+
+def test_what_has_no_encoding_is_written_as_an_escape(tmp_path):
+    """A file name in Latin-1 on the command line. Goes red if a run ends in UnicodeEncodeError when it records itself."""
+    run = RunFolder(tmp_path)
+    run.write_json("run.json", {"command": "caf\udce9 é"})
+    run.append("eval.jsonl", {"benchmark": "caf\udce9 é", "step": 1})
+    run.cut_back(1)
+    assert run.read_json("run.json") == {"command": "caf\udce9 é"}
+    assert run.read_rows("eval.jsonl") == [{"benchmark": "caf\udce9 é", "step": 1}]
 
 
 def test_missing_and_broken_json_files_are_named(tmp_path):

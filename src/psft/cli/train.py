@@ -110,12 +110,13 @@ class PreparedRun:
         trainer.train()
         if trainer.stop_signal.number is not None:
             return
-        if trainer.eval_dataset and trainer.recorder.last_evaluated_step != trainer.state.global_step:
-            trainer.evaluate()
-            trainer.recorder.write_summary()
-        trainer.save_model(trainer.args.output_dir)
-        if trainer.is_world_process_zero():
-            trainer.create_model_card(model_name=trainer.recorder.folder.path.name)
+        with trainer.recorder.failures_in_words():
+            if trainer.eval_dataset and trainer.recorder.last_evaluated_step != trainer.state.global_step:
+                trainer.evaluate()
+                trainer.recorder.write_summary()
+            trainer.save_model(trainer.args.output_dir)
+            if trainer.is_world_process_zero():
+                trainer.create_model_card(model_name=trainer.recorder.folder.path.name)
 
     def closing_lines(self) -> str:
         """What to know at the end: where the model is and how the measured values moved."""
@@ -154,6 +155,7 @@ def prepare_run(request: Request) -> PreparedRun:
 
     config, data, model = request.config, request.data, request.model
     folder = RunFolder(request.output_dir)
+    folder.check_writable()
     is_resuming = bool(config.resume or config.resume_from_checkpoint) and folder.holds_run()
     if folder.holds_run() and not config.overwrite_output_dir and not is_resuming:
         folder.claim(overwrite=False)  # raises: it holds another run

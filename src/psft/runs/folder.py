@@ -49,6 +49,17 @@ class RunFolder:
         """Whether a run was claimed here or has written metrics here."""
         return any((self.path / name).exists() for name in ("run.json", "metrics.jsonl"))
 
+    def check_writable(self) -> None:
+        """Raise `RequestError` if the folder could not be made or written; makes and changes nothing."""
+        nearest = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not nearest.is_dir():
+            raise RequestError(f"output_dir {self.path}: {nearest} is a file. Choose another --output_dir.")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise RequestError(
+                f"output_dir {self.path} cannot be written: no permission in {nearest}, or a read-only disk. Choose "
+                "another --output_dir."
+            )
+
     def claim(self, overwrite: bool = False) -> None:
         """Make the folder, ready for a new run.
 
@@ -88,7 +99,7 @@ class RunFolder:
         path = self.path / name
         text = json.dumps(to_json(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         self.path.mkdir(parents=True, exist_ok=True)
-        _replace(path, text.encode())
+        _replace(path, _encoded(text))
         return path
 
     def read_json(self, name: str) -> dict[str, Any]:
@@ -115,7 +126,7 @@ class RunFolder:
 
         If the file ends in a torn row (a crash), the torn row is cut off first: it was never a row.
         """
-        line = json.dumps(to_json(row), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        line = _encoded(json.dumps(to_json(row), ensure_ascii=False, allow_nan=False)) + b"\n"
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / name
         _cut_torn_end(path)
@@ -130,7 +141,7 @@ class RunFolder:
             kept = [row for row in rows if row.get("step", 0) <= step]
             path = self.path / name
             if path.exists():
-                lines = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in kept)
+                lines = b"".join(_encoded(json.dumps(row, ensure_ascii=False)) + b"\n" for row in kept)
                 _replace(path, lines)
 
     def read_rows(self, name: str) -> list[dict[str, Any]]:
@@ -180,6 +191,11 @@ def to_json(value: Any) -> Any:
     if hasattr(value, "tolist"):  # numpy and torch, without importing either
         return to_json(value.tolist())
     return str(value)
+
+
+def _encoded(text: str) -> bytes:
+    """JSON as UTF-8. What has no encoding, half a surrogate pair of a file name say, stays as JSON's own escape."""
+    return text.encode(errors="backslashreplace")
 
 
 def _replace(path: Path, content: bytes) -> None:

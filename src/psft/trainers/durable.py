@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
 from psft.data.microbatch import ROW_NUMBERS
-from psft.errors import RequestError, RunFailed
+from psft.errors import RequestError, RunFailed, first_line, lost_a_peer, lost_a_worker
 from psft.objectives import Objective
 from psft.ops.precision import deterministic
 from psft.runs.checkpoints import publish, rotate, staging_root
@@ -147,10 +147,10 @@ class DurableTrainer(SFTTrainer):
             self.accelerator.wait_for_everyone()
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(self._staging_root, ignore_errors=True)
-            if isinstance(error, RequestError | RunFailed):
-                raise
+            if isinstance(error, RequestError | RunFailed) or lost_a_worker(error) or lost_a_peer(error):
+                raise  # it came while a checkpoint was written, but not from that
             raise RunFailed(
-                f"checkpoint {step} cannot be written to {run}: {str(error).splitlines()[0]}. Earlier checkpoints are "
+                f"checkpoint {step} cannot be written to {run}: {first_line(error)}. Earlier checkpoints are "
                 "whole. Make room, or set save_total_limit, and go on with --resume."
             ) from error
         finally:
@@ -178,6 +178,7 @@ class DurableTrainer(SFTTrainer):
         try:
             step = (0 if self._resume is None else self._resume.step) if is_resuming else None
             with (
+                self.recorder.failures_in_words(),
                 deterministic(bool(self.args.deterministic)),
                 self.recorder.recording(resumed_at=step),
                 self.stop_signal.listening(),

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
+import os
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from psft.errors import RequestError, RunFailed, lost_a_peer
+from psft.errors import RequestError, RunFailed, first_line, lost_a_peer, lost_a_worker
 from psft.runs import RunFolder, command_line, describe_environment
 from psft.runs.checkpoints import remove_leftovers
 from psft.trainers.evaluation import HeldOutResult
@@ -26,6 +30,10 @@ if TYPE_CHECKING:
 
 _NOTED = ("nll", "entropy", "clip_fraction", "grad_norm")
 """Metrics whose first and last value the summary holds."""
+
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
+"""What a disk answers: full, quota used up, file too large, read-only, broken, gone."""
 
 
 class RunRecorder:
@@ -48,6 +56,17 @@ class RunRecorder:
         self._first: dict[str, Any] = {}
         self._last: dict[str, Any] = {}
         self._best: dict[str, Any] = {}
+
+    @contextlib.contextmanager
+    def failures_in_words(self) -> Iterator[None]:
+        """Turn a failure of the machine that a person can do something about into a `RunFailed` that says what."""
+        try:
+            yield
+        except Exception as error:
+            failure = self._in_words(error)
+            if failure is not None:
+                raise failure from error
+            raise
 
     @contextlib.contextmanager
     def recording(self, *, resumed_at: int | None = None) -> Iterator[None]:
@@ -77,9 +96,6 @@ class RunRecorder:
             raise
         except BaseException as error:
             self._exit_reason = f"failed: {type(error).__name__}: {error}"
-            failure = self._in_words(error)
-            if failure is not None:
-                raise failure from error
             raise
         finally:
             self._wall_time_s += time.monotonic() - self._train_started
@@ -119,18 +135,27 @@ class RunRecorder:
     def _in_words(self, error: BaseException) -> RunFailed | None:
         """A failure of the machine that a person can do something about, or None."""
         onward = "The last complete checkpoint is as it was: go on with --resume."
-        # A worker that died is told by the reader's end of the pipe, or by torch's handler of the signal, in any order.
-        if isinstance(error, ConnectionError | EOFError) or "DataLoader worker" in str(error):
+        if isinstance(error, RunFailed):
+            return None  # it is in words
+        if lost_a_worker(error):
             return RunFailed(
-                f"{str(error).splitlines()[0]}. A worker that reads data died, of too little memory as a rule. Lower "
+                f"{first_line(error)}. A worker that reads data died, of too little memory as a rule. Lower "
                 f"dataloader_num_workers. {onward}"
             )
         if self.trainer.args.world_size > 1 and lost_a_peer(error):
-            return RunFailed(f"another rank is gone: {str(error).splitlines()[0]} {onward}")
+            return RunFailed(f"another rank is gone: {first_line(error)}. {onward}")
+        if isinstance(error, BrokenPipeError):
+            return RunFailed(
+                f"what read this output is gone (broken pipe). Let it go to a file or a terminal. {onward}"
+            )
+        if isinstance(error, SafetensorError) or "PytorchStreamWriter failed" in str(error):  # the final model
+            return RunFailed(f"{self.folder.path} cannot be written: {first_line(error)}. Make room. {onward}")
         if isinstance(error, OSError):
-            what = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
-            return RunFailed(f"{self.folder.path} cannot be written: {what}. Make room or mend it. {onward}")
-        return None
+            named = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else None
+            path = self.folder.path if named is None else Path(named)
+            if error.errno in _DISK or self.folder.path.absolute() in path.absolute().parents:
+                return RunFailed(f"{path} cannot be written: {error.strerror}. Make room or mend it. {onward}")
+        return None  # a failure elsewhere, of a callback say, keeps its traceback
 
     def write_summary(self) -> dict[str, Any]:
         """Write summary.json from what is known now, and return it; again after a later measurement."""
