@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from psft.errors import RequestError, RunFailed
+from psft.trainers.bad_steps import BadSteps
 
 SPOILER = """
 import torch
@@ -57,6 +58,14 @@ def test_a_bad_step_changes_no_weight_and_no_moment_and_its_rows_are_named(spoil
     (bad,) = json.loads((Path(trainer.args.output_dir) / "run.json").read_text())["bad_steps"]
     order = list(trainer.get_train_dataloader().batch_sampler)
     assert bad["step"] == 3 and bad["rows"] == sorted(order[2])
+
+
+def test_an_engine_that_gives_no_gradient_norm_is_judged_by_its_loss():
+    """Goes red if None is taken for a number: an error where DeepSpeed does not compute the norm."""
+    steps = BadSteps(limit=3)
+    assert not steps.is_bad(torch.tensor(1.0), None) and steps.is_bad(torch.tensor(float("nan")), None)
+    steps.skip(1, torch.tensor(float("nan")), None, [4])
+    assert steps.found == [{"step": 1, "loss": "nan", "grad_norm": None, "rows": [4]}]
 
 
 def test_single_bad_steps_do_not_add_up(spoiled):

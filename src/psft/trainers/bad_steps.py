@@ -25,8 +25,11 @@ class BadSteps:
         self.found: list[dict[str, Any]] = []
 
     def is_bad(self, loss: Tensor, grad_norm: Any) -> bool:
-        """Whether a step is bad; a good one ends a series. Both numbers are over all ranks, so ranks agree."""
-        if math.isfinite(float(loss)) and math.isfinite(float(grad_norm)):
+        """Whether a step is bad; a good one ends a series. Both numbers are over all ranks, so ranks agree.
+
+        grad_norm: None where an engine does not give it; then the loss alone tells.
+        """
+        if math.isfinite(float(loss)) and (grad_norm is None or math.isfinite(float(grad_norm))):
             self.in_a_row = 0
             return False
         return True
@@ -40,7 +43,8 @@ class BadSteps:
             RunFailed: it is taken.
         """
         self.in_a_row += 1
-        what = {"step": step, "loss": str(float(loss)), "grad_norm": str(float(grad_norm)), "rows": rows}
+        norm = None if grad_norm is None else str(float(grad_norm))
+        what = {"step": step, "loss": str(float(loss)), "grad_norm": norm, "rows": rows}
         self.found.append(what)
         if is_taken:
             raise RunFailed(

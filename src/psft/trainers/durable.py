@@ -93,8 +93,6 @@ class DurableTrainer(SFTTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm; where it or the loss is not finite the gradients are dropped, so that the step changes nothing."""
         norm = super()._get_grad_norm(model, grad_norm)
-        if self.is_deepspeed_enabled:  # its engine holds the gradients and has its own rule
-            return norm
         assert self._window is not None and self.recorder.loss is not None
         loss = self._reduce(self.recorder.loss, "sum") / self.args.world_size
         if self.bad_steps.is_bad(loss, norm):
@@ -102,8 +100,11 @@ class DurableTrainer(SFTTrainer):
             rows = sorted(gather_object(rows)) if self.args.world_size > 1 else sorted(rows)
             for parameter in model.parameters():
                 parameter.grad = None  # an optimizer passes over what has no gradient: neither moments nor decay
+            # DeepSpeed steps inside the backward pass: its engine has passed over the step, or has taken it
+            engine: Any = self.model_wrapped
+            is_taken = self.is_deepspeed_enabled and bool(engine.was_step_applied())
             try:
-                self.bad_steps.skip(self.state.global_step + 1, loss, norm, rows, is_taken=self.is_deepspeed_enabled)
+                self.bad_steps.skip(self.state.global_step + 1, loss, norm, rows, is_taken=is_taken)
             finally:
                 self.recorder.write_bad_steps()
             self.bad_steps.stop_if_too_many()
