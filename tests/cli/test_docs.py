@@ -55,6 +55,19 @@ def test_the_pages_have_commands():
     assert len(COMMANDS) >= 10 and any("my_objective:focal_loss" in command for command in COMMANDS)
 
 
+def test_every_fault_has_a_test_of_that_name():
+    """Goes red if a row of docs/reliability.md names a test that is not there, or none."""
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    table = page.partition("## Faults")[2].partition("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) > 20
+    for row in rows:
+        named = re.findall(r"`([\w/]+\.py)::(\w+)`", row)
+        assert named, row
+        for path, name in named:
+            assert f"\ndef {name}(" in (ROOT / "tests" / path).read_text(encoding="utf-8"), (path, name)
+
+
 @pytest.mark.parametrize("name", objective_names())
 def test_every_objective_has_its_section_and_its_defaults(name):
     """Goes red if an objective is added, or a default changed, without the page."""

@@ -1,13 +1,17 @@
 """A run that was stopped anywhere goes on to the same bits, or says why it cannot."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from psft.errors import RequestError
+from psft.trainers.resume import STATE_FILE, read_resume_point
 
 TIMINGS = {"tokens_per_second", "peak_memory_bytes"}
 
@@ -73,6 +77,67 @@ def test_a_run_resumed_anywhere_ends_in_the_same_bits(run, start, tmp_path):
         assert same_bits(weights_of(again), weights_of(whole))
 
 
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_a_run_resumed_anywhere_has_the_same_held_out_values(strategy, start, demonstrations, tmp_path):
+    """Cut where an evaluation came before the checkpoint (3) or after it (epoch: 8), where none was (2), at the end.
+
+    Goes red if a value measured after a checkpoint stays and is measured again, or is lost: an epoch's end comes after
+    the checkpoint of its last step.
+    """
+    held = {name: demonstrations.select(range(4 * part, 4 * part + 4)) for part, name in enumerate(("one", "two"))}
+    settings = {"eval_dataset": held, "eval_strategy": strategy, "eval_steps": 3, "eval_on_start": True}
+    whole = start("whole", **settings)
+    whole.train()
+    values = rows_of(whole, "eval.jsonl")
+    assert {row["step"] for row in values} == ({0, 3, 6, 9, 12, 14} if strategy == "steps" else {0, 8, 14})
+    cuts = (
+        [(0, True), (3, True), (14, True)] if strategy == "steps" else [(2, True), (8, True), (8, False), (14, False)]
+    )
+    for step, is_measured in cuts:  # killed after its held-out values were written, or before
+        folder = tmp_path / f"cut{step}-{is_measured}"
+        shutil.copytree(whole.args.output_dir, folder)
+        for path in folder.glob("checkpoint-*"):
+            if int(path.name.split("-")[1]) > step:
+                shutil.rmtree(path)
+        lines = (folder / "eval.jsonl").read_text().splitlines(keepends=True)
+        num_rows = len(values) if is_measured else sum(row["step"] < step for row in values)
+        (folder / "eval.jsonl").write_text("".join(lines[:num_rows]))
+        again = start(folder.name, resume=True, **settings)
+        again.train()
+        assert rows_of(again, "eval.jsonl") == values, (step, is_measured)
+        assert again.args.eval_on_start
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_a_signal_leaves_evaluation_out_and_the_resumed_run_makes_up_for_it(strategy, start, demonstrations):
+    """Goes red if a stop waits for held-out data, if a value due at its step is lost, or one that was not is kept."""
+    settings = {"eval_dataset": demonstrations.select(range(4)), "eval_strategy": strategy, "eval_steps": 3}
+    whole = start("whole", **settings)
+    whole.train()
+    for step in (3, 8) if strategy == "steps" else (4, 8):
+        stopped = start(f"stopped{step}", callbacks=[Signalled(step)], **settings)
+        stopped.callback_handler.callbacks.sort(key=lambda callback: not isinstance(callback, Signalled))
+        stopped.train()
+        assert stopped.state.global_step == step and stopped.stop_signal.exit_code == 143
+        values = Path(stopped.args.output_dir) / "eval.jsonl"
+        assert not values.exists() or all(row["step"] < step for row in rows_of(stopped, "eval.jsonl"))
+        again = start(f"stopped{step}", resume=True, **settings)
+        again.train()
+        for name in ("metrics.jsonl", "eval.jsonl"):
+            assert rows_of(again, name) == rows_of(whole, name), (step, name)
+
+
+class Signalled(TrainerCallback):
+    """SIGTERM in the middle of step `step`."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_a_lora_run_resumes_to_the_same_bits(start, tmp_path, make_tiny_model):
     from peft import LoraConfig
 
@@ -101,7 +166,8 @@ def test_resuming_a_finished_run_trains_nothing(start):
     assert rows_of(again) == before and same_bits(weights_of(again), weights_of(whole))
 
 
-def test_without_a_checkpoint_a_resumed_run_begins_at_the_start_and_says_so(start, caplog):
+def test_without_a_checkpoint_a_resumed_run_begins_at_the_start_and_says_so(start, demonstrations, caplog):
+    """Goes red if anything that was recorded before stays, the first evaluation included."""
     whole = start("whole", save_strategy="no")
     whole.train()
     begun = start("begun", save_strategy="no", max_steps=3)
@@ -110,6 +176,11 @@ def test_without_a_checkpoint_a_resumed_run_begins_at_the_start_and_says_so(star
     again.train()
     assert "starts at the beginning" in caplog.text
     assert rows_of(again) == rows_of(whole)
+    begun = {"save_strategy": "no", "eval_dataset": demonstrations.select(range(4)), "eval_on_start": True}
+    start("begun", overwrite_output_dir=True, max_steps=1, **begun).train()
+    again = start("begun", resume=True, **begun)
+    again.train()
+    assert [row["step"] for row in rows_of(again, "eval.jsonl")] == [0, 0], "NLL and entropy, once"
     new = start("new", save_strategy="no", resume=True)
     new.train()
     assert rows_of(new) == rows_of(whole)
@@ -167,6 +238,20 @@ def test_another_run_is_refused_by_name_and_allowed_on_request(start, demonstrat
     assert rows[6]["mini_batch"] == 1
 
 
+def test_another_number_of_processes_is_refused_by_name(start):
+    """Ranks hold parts of the window each. Goes red if the number of processes is not compared."""
+    trainer = start("run", max_steps=2)
+    trainer.train()
+    path = Path(trainer.args.output_dir) / "checkpoint-2"
+    state = json.loads((path / STATE_FILE).read_text())
+    state["identity"]["world_size"] = 2
+    (path / STATE_FILE).write_text(json.dumps(state))
+    with pytest.raises(RequestError, match="not the run.*world_size: it was 2 and is 1.*--allow_changed world_size"):
+        read_resume_point(trainer, path)
+    trainer.args.allow_changed = ["world_size"]
+    assert not read_resume_point(trainer, path).is_exact
+
+
 def test_a_changed_learning_rate_is_announced(start, caplog):
     start("run", max_steps=4).train()
     start("run", resume=True, learning_rate=2e-3).train()
@@ -181,6 +266,17 @@ def test_the_records_tell_that_a_run_was_resumed(start):
     assert [entry["step"] for entry in info["resumed"]] == [4]
     summary = json.loads((Path(again.args.output_dir) / "summary.json").read_text())
     assert summary["first"]["nll"] == rows_of(again)[0]["nll"] and summary["steps"] == 14
+
+
+def test_the_newest_checkpoint_stays_beside_the_best_when_the_run_ends(start, demonstrations):
+    """Goes red if transformers has its way, which deletes the newest: the run could then go on from the best alone."""
+    settings = {"metric_for_best_model": "eval_entropy", "greater_is_better": False, "eval_strategy": "steps"}
+    settings |= {"eval_steps": 1, "eval_dataset": demonstrations.select(range(4)), "load_best_model_at_end": True}
+    trainer = start("run", save_total_limit=1, **settings)
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name != "checkpoint-14", "the test needs a best that is not the newest"
+    assert {path.name for path in best.parent.glob("checkpoint-*")} == {best.name, "checkpoint-14"}
 
 
 def test_only_save_total_limit_checkpoints_are_kept_and_all_are_complete(start):

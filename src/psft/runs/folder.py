@@ -133,12 +133,18 @@ class RunFolder:
         with open(path, "ab", buffering=0) as file:
             file.write(line)
 
-    def cut_back(self, step: int) -> None:
-        """Remove the rows of metrics.jsonl and eval.jsonl that were written after `step`, as a resumed run repeats
-        them. A file is replaced whole or stays as it was."""
-        for name in ("metrics.jsonl", "eval.jsonl"):
+    def cut_back(self, step: int, *, num_eval_rows: int | None = None) -> None:
+        """Remove the rows of metrics.jsonl and eval.jsonl that a run resumed from a checkpoint repeats. A file is
+        replaced whole or stays as it was.
+
+        Args:
+            step: of the checkpoint; 0 = the run begins again. Rows of later steps go.
+            num_eval_rows: rows eval.jsonl had when the checkpoint was written; later ones go, of `step` itself, too:
+                what is measured after a checkpoint is measured again. None = not known, by step alone.
+        """
+        for name, number in (("metrics.jsonl", None), ("eval.jsonl", 0 if step == 0 else num_eval_rows)):
             rows = self.read_rows(name)
-            kept = [row for row in rows if row.get("step", 0) <= step]
+            kept = [row for row in rows[:number] if row.get("step", 0) <= step]
             path = self.path / name
             if path.exists():
                 lines = b"".join(_encoded(json.dumps(row, ensure_ascii=False)) + b"\n" for row in kept)

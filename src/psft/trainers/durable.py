@@ -81,7 +81,22 @@ class DurableTrainer(SFTTrainer):
         place = super()._init_training_state(*args, **kwargs)
         if self._resume is None:
             return place
+        self.args.eval_on_start = self._owes_evaluation(self._resume)
         return self._resume.position.epoch, self._resume.position.step_in_epoch  # epochs differ under a warm-up
+
+    def _owes_evaluation(self, resume: ResumePoint) -> bool:
+        """Whether held-out data was due at the checkpoint's step, but was not measured when the checkpoint was written.
+
+        At an epoch's end the Trainer evaluates after a checkpoint of its last step; a signal leaves evaluation out.
+        """
+        args, state = self.args, self.state
+        if self.eval_dataset is None or resume.state.get("is_evaluated", True):
+            return False
+        is_last = state.global_step >= state.max_steps
+        if args.eval_strategy == "steps":
+            return args.eval_delay <= state.global_step and (is_last or state.global_step % state.eval_steps == 0)
+        is_epoch_end = resume.state["position"]["step_in_epoch"] == 0
+        return args.eval_strategy == "epoch" and args.eval_delay <= state.epoch and (is_last or is_epoch_end)
 
     def _rest_of_window(self) -> tuple[list[Step], list[list[list[int]]], dict[Any, Tensor]] | None:
         """What a checkpoint left of the window it was taken in, once."""
@@ -175,19 +190,27 @@ class DurableTrainer(SFTTrainer):
         self._resume = None if path is None else read_resume_point(self, path)
         if self._resume is not None:
             self._take_up(self._resume)
-        evaluates_at_start, self.args.eval_on_start = self.args.eval_on_start, self.args.eval_on_start and path is None
+        evaluates_at_start = self.args.eval_on_start
         try:
             step = (0 if self._resume is None else self._resume.step) if is_resuming else None
+            num_eval_rows = None if self._resume is None else self._resume.state.get("num_eval_rows")
             with (
                 self.recorder.failures_in_words(),
                 deterministic(bool(self.args.deterministic)),
-                self.recorder.recording(resumed_at=step),
+                self.recorder.recording(resumed_at=step, num_eval_rows=num_eval_rows),
                 self.stop_signal.listening(),
             ):
                 check_free_space(self)
                 return super().train(None if path is None else str(path), *args, **kwargs)
         finally:
             self.args.eval_on_start = evaluates_at_start
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # at 1 the best stays, but the newest goes
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     def _take_up(self, resume: ResumePoint) -> None:
         """Everything that can be put back before the Trainer has loaded weights, optimizer and random state."""
@@ -197,3 +220,5 @@ class DurableTrainer(SFTTrainer):
             self.reference.restore(resume.path)
         self._total_train_tokens = resume.state["num_train_tokens"]
         self.bad_steps.in_a_row = resume.state["bad_steps_in_a_row"]
+        if resume.state.get("is_evaluated"):
+            self.recorder.last_evaluated_step = resume.step

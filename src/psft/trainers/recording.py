@@ -48,6 +48,7 @@ class RunRecorder:
         self.telemetry: StepTelemetry | None = None
         self.is_claimed = False
         self.last_evaluated_step: int | None = None
+        self.num_eval_rows = 0  # of eval.jsonl; known to the rank that writes
         self.extra: dict[str, Any] = {}
         self.measured_names: list[str] = []  # of the last step: what the trackers are told
         self.loss: Tensor | None = None
@@ -69,17 +70,18 @@ class RunRecorder:
             raise
 
     @contextlib.contextmanager
-    def recording(self, *, resumed_at: int | None = None) -> Iterator[None]:
+    def recording(self, *, resumed_at: int | None = None, num_eval_rows: int | None = None) -> Iterator[None]:
         """Claim the folder, write run.json, and write summary.json however the run ends.
 
         Args:
             resumed_at: the step of the checkpoint a run goes on from, 0 for its beginning: what was recorded later is
                 cut off, as it will be repeated. None = a new run.
+            num_eval_rows: rows eval.jsonl had at that step; None = not known.
         """
         if self._writes:
             if resumed_at is not None and self.folder.holds_run():
                 self.is_claimed = True
-                self._go_on(resumed_at)
+                self._go_on(resumed_at, num_eval_rows)
             else:
                 if not self.is_claimed:
                     self.folder.claim(overwrite=self.trainer.args.overwrite_output_dir)
@@ -104,13 +106,15 @@ class RunRecorder:
             with contextlib.suppress(*([OSError, RuntimeError] if is_failing else [])):
                 self.write_summary()
 
-    def _go_on(self, step: int) -> None:
+    def _go_on(self, step: int, num_eval_rows: int | None) -> None:
         """Cut the records back to `step` and take up what they say; run.json keeps how the run began."""
         remove_leftovers(self.folder.path)
-        self.folder.cut_back(step)
+        self.folder.cut_back(step, num_eval_rows=num_eval_rows)
         for row in self.folder.read_rows("metrics.jsonl"):
             self._note("", {k: row[k] for k in _NOTED if row.get(k) is not None})
-        for row in self.folder.read_rows("eval.jsonl"):
+        measured = self.folder.read_rows("eval.jsonl")
+        self.num_eval_rows = len(measured)
+        for row in measured:
             if row.get("value") is not None:
                 self._note(f"{row['benchmark']}_", {row["metric"]: row["value"]})
         info = self._run_info()
@@ -230,6 +234,7 @@ class RunRecorder:
         self._note(f"{benchmark}_", {metric: value})
         if self._writes and self.is_claimed:
             self.folder.append("eval.jsonl", row)
+            self.num_eval_rows += 1
 
     @property
     def _writes(self) -> bool:

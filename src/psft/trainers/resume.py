@@ -122,6 +122,8 @@ def save_state(trainer: DurableTrainer, folder: Path, position: Position, window
         "trust_region": trainer.trust_region.state_dict(),
         "num_train_tokens": trainer._total_train_tokens,
         "bad_steps_in_a_row": trainer.bad_steps.in_a_row,
+        "is_evaluated": trainer.recorder.last_evaluated_step == trainer.state.global_step,
+        "num_eval_rows": trainer.recorder.num_eval_rows,
     }
     (folder / STATE_FILE).write_text(json.dumps(state, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 

@@ -31,6 +31,7 @@ class StopSignal(TrainerCallback):
     def __init__(self) -> None:
         self.number: int | None = None
         self._first_at = 0.0
+        self._is_stopping = self._keeps_no_checkpoint = False
 
     @property
     def exit_code(self) -> int:
@@ -40,7 +41,7 @@ class StopSignal(TrainerCallback):
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Take the signals over from the interpreter, and give them back. Elsewhere than in the main thread: no-op."""
-        self.number = None
+        self.number, self._is_stopping = None, False
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -59,7 +60,11 @@ class StopSignal(TrainerCallback):
         self.number, self._first_at = number, time.monotonic()
         if not int(os.environ.get("RANK") or 0):  # of a job's processes the first says it
             name = signal.Signals(number).name
-            os.write(2, f"\n{name}: finishing this step and writing a checkpoint; once more stops at once.\n".encode())
+            what = "" if self._keeps_no_checkpoint else " and writing a checkpoint"
+            os.write(2, f"\n{name}: finishing this step{what}; once more stops at once.\n".encode())
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._keeps_no_checkpoint = args.save_strategy == "no"
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         number = self.number or 0
@@ -68,10 +73,18 @@ class StopSignal(TrainerCallback):
             torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
             number = int(received)
         if number:
-            self.number = number
+            if self.number is None:  # another process received it, and this one may yet: the same signal, not a second
+                self._first_at = time.monotonic()
+            self.number, self._is_stopping = number, True
             control.should_save = args.save_strategy != "no"
-            control.should_evaluate = False
+            control.should_evaluate &= bool(args.load_best_model_at_end)  # else a resumed run makes up for it
             control.should_training_stop = True
+        return control
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        # Wherever in the epoch a run stops, the Trainer says here that it has ended
+        if self._is_stopping and not (args.load_best_model_at_end and float(state.epoch).is_integer()):
+            control.should_save = control.should_evaluate = False
         return control
 
 
