@@ -106,7 +106,7 @@ def run(argv: list[str]) -> int:
 
 def _settings(kind: type, given: dict[str, Any]) -> Any:
     """The trainer's own settings, filled in and checked as `psft train` does."""
-    from psft.errors import RequestError
+    from psft.errors import RequestError, first_line
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
@@ -114,7 +114,7 @@ def _settings(kind: type, given: dict[str, Any]) -> Any:
     except RequestError:
         raise
     except (ValueError, TypeError) as error:
-        raise RequestError(f"the settings do not fit together: {str(error).splitlines()[0]}") from error
+        raise RequestError(f"the settings do not fit together: {first_line(error)}. Change one of them.") from error
 
 
 def _check_shares(settings: Any, launch: LaunchArguments) -> None:

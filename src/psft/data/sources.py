@@ -308,7 +308,9 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     except RequestError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise RequestError(f"{shown(path)} is not a readable parquet file: {_one_line(error)}.") from error
+        raise RequestError(
+            f"{shown(path)} is not a readable parquet file: {_one_line(error)}. Write it again."
+        ) from error
 
 
 def _batch_rows(path: Path, batch: Any, before: int) -> Iterator[Row]:
@@ -338,10 +340,15 @@ def _read_saved_folder(path: Path, split: str) -> Iterator[Row]:
     try:
         saved = datasets.load_from_disk(str(path))
     except Exception as error:  # datasets raises many kinds for a damaged folder
-        raise RequestError(f"{shown(path)} cannot be read as a save_to_disk folder: {_one_line(error)}.") from error
+        raise RequestError(
+            f"{shown(path)} cannot be read as a save_to_disk folder: {_one_line(error)}. Write it again."
+        ) from error
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
-            raise RequestError(f"{shown(path)} has no split {split!r}; it has {', '.join(map(repr, saved))}.")
+            raise RequestError(
+                f"{shown(path)} has no split {split!r}; it has {', '.join(map(repr, saved))}. Name one of them with "
+                "dataset_split, for held-out data with eval_split."
+            )
         saved = saved[split]
     return _read_dataset(saved, str(path))
 

@@ -262,7 +262,10 @@ def load_model(
     except Exception as error:  # a folder from anywhere: what its files make of transformers has no common type
         if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
             raise
-        raise RequestError(f"the model in {shown(folder)} cannot be loaded: {_first_line(error)}") from error
+        raise RequestError(
+            f"the model in {shown(folder)} cannot be loaded: {_first_line(error)}; copy or save it there again, or "
+            "install the version of transformers that wrote it"
+        ) from error
 
 
 def check_dtype(dtype: str, *, force_pure_bf16: bool = False) -> None:
