@@ -158,6 +158,20 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_from_its_checkpoint(start, t
     assert json.loads((tmp_path / "run" / "run.json").read_text())["resumed"][0]["step"] >= 2
 
 
+def test_a_run_of_two_ranks_goes_on_as_one_where_that_is_allowed(start, tmp_path):
+    """Goes red if the number of processes is not compared, or if a rank's own files are missed by another number."""
+    flags = ["--save_strategy", "steps", "--save_steps", "1"]
+    code, _, errors = ended(start(*flags, "--max_steps", "6"))
+    assert code == 0, errors
+    alone = [*flags, "--resume", "--num_processes", "1"]
+    code, _, errors = ended(start(*alone))
+    assert code == 2 and "world_size: it was 2 and is 1" in errors and "--allow_changed world_size" in errors
+    code, _, errors = ended(start(*alone, "--allow_changed", "world_size"))
+    assert code == 0 and "next window boundary" in errors, errors
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert [row["step"] for row in rows] == list(range(1, 9)) and rows[6]["mini_batch"] == 1
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("to_all", [True, False])
 def test_a_signal_stops_all_ranks_after_the_step_with_one_checkpoint(start, tmp_path, number, to_all):

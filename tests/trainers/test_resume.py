@@ -238,6 +238,18 @@ def test_another_run_is_refused_by_name_and_allowed_on_request(start, demonstrat
     assert rows[6]["mini_batch"] == 1
 
 
+def test_what_the_open_window_loses_is_trained_in_the_next_epoch(start):
+    """Six steps of eight, then two more. Goes red if the run ends early, as the rest of its last epoch was left out.
+
+    Seen: it stopped at 6 without a word.
+    """
+    start("run", max_steps=6, lr_scheduler_type="constant").train()
+    allowed = {"allow_changed": ["seed"], "seed": 4}
+    again = start("run", resume=True, max_steps=8, lr_scheduler_type="constant", **allowed)
+    again.train()
+    assert [(row["step"], row["mini_batch"]) for row in rows_of(again)][6:] == [(7, 1), (8, 2)]
+
+
 def test_another_number_of_processes_is_refused_by_name(start):
     """Ranks hold parts of the window each. Goes red if the number of processes is not compared."""
     trainer = start("run", max_steps=2)

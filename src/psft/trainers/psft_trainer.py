@@ -159,14 +159,14 @@ class PSFTTrainer(DurableTrainer):
     def set_initial_training_values(self, args: Any, dataloader: DataLoader[Any]) -> tuple[Any, ...]:
         values = list(super().set_initial_training_values(args, dataloader))
         # Exact also where warm-up steps, larger than mini-batches, make the first epochs shorter.
+        schedule, ahead = self.schedule(), 0
+        if self._resume is not None and not self._resume.is_exact:  # other batch sizes, or steps left out: count on
+            position = self._resume.position
+            ahead = schedule.num_steps(position.epoch) + position.step_in_epoch - self._resume.step
         if args.max_steps < 0:
-            values[-1] = self.schedule().num_steps(args.num_train_epochs)
-            if self._resume is not None and not self._resume.is_exact:  # other batch sizes: count on from here
-                position = self._resume.position
-                done = self.schedule().num_steps(position.epoch) + position.step_in_epoch
-                values[-1] = self._resume.step + self.schedule().num_steps(args.num_train_epochs) - done
+            values[-1] = schedule.num_steps(args.num_train_epochs) - ahead
         else:
-            values[0] = self.schedule().num_epochs(args.max_steps)
+            values[0] = schedule.num_epochs(args.max_steps + ahead)
         return tuple(values)
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
