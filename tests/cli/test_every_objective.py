@@ -107,6 +107,7 @@ def test_it_trains_and_evaluates(form, tiny_model_path, demonstrations_path, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # on a shared machine several minutes each
 @pytest.mark.parametrize("form", REAL_MODEL_FORMS)
 def test_it_trains_and_evaluates_on_a_real_model(form, tmp_path):
     """The same with a real vocabulary and real weights, two windows of four steps. Goes red as above, or if a weight
