@@ -51,6 +51,11 @@ class MetricsRow(TypedDict, total=False):
     """Mean of |logps - old_logps|, nats: how far the window has moved."""
     log_ratio_abs_max: float | None
     """Largest |logps - old_logps|, nats."""
+    log_ratio_histogram: list[int] | None
+    """Counted tokens by log ratio: bin i holds what lies between `LOG_RATIO_EDGES[i - 1]` and `[i]`, the first and the
+    last bin what lies beyond."""
+    gradient_kept: float | None
+    """Share of the ratios' sum that belongs to tokens whose gradient the clip left: 1 where nothing is clipped."""
     grad_norm: float | None
     """Norm of the gradient before clipping."""
     learning_rate: float
@@ -59,6 +64,49 @@ class MetricsRow(TypedDict, total=False):
     """Counted target tokens over wall time of the step, old pass included."""
     peak_memory_bytes: int | None
     """Largest memory held so far by this process on its device; null where it cannot be told."""
+
+
+LOG_RATIO_EDGES = tuple(
+    sign * edge
+    for sign, edges in ((-1.0, (2.0, 1.0, 0.5, 0.25, 0.1, 0.03, 0.01)), (1.0, (0.01, 0.03, 0.1, 0.25, 0.5, 1.0, 2.0)))
+    for edge in edges
+)
+"""Edges of `log_ratio_histogram` in nats, rising; ln 1.28 = 0.247 lies at one of them."""
+
+
+class ProbeRow(TypedDict, total=False):
+    """One group of probe prompts at one step, a line of probe.jsonl."""
+
+    step: int
+    """Optimizer steps done before the measurement; 0 is the untrained model."""
+    group: str
+    """The prompts' kind, or `all`."""
+    drift_nats_per_token: float | None
+    """Mean of base log-prob minus current log-prob over the base model's own answers: estimates KL(base || current)."""
+    stderr: float | None
+    """Its standard error, answers as clusters."""
+    entropy: float | None
+    """Mean entropy of the current model at those tokens, nats."""
+    tokens: int
+    """Answer tokens measured."""
+    prompts: int
+    """Prompts whose answers they are."""
+
+
+class ClippedTokenRow(TypedDict, total=False):
+    """One token of the vocabulary in one epoch, a row of clipped_tokens.parquet."""
+
+    epoch: int
+    """1 is the first pass over the data."""
+    token_id: int
+    token: str
+    """Its text; bytes that are no text of their own as the tokenizer writes them."""
+    clipped: int
+    """How often the clip removed its gradient as a target."""
+    seen: int
+    """How often it was a counted target under a ratio that can be clipped: mini-batches 2..K."""
+    contexts: list[str]
+    """Up to three places where it was clipped, as text around it, the token between U+27E6 and U+27E7 brackets."""
 
 
 class EvalRow(TypedDict, total=False):
@@ -114,6 +162,8 @@ class RunInfo(TypedDict, total=False):
     """Whether only kernels that give the same bits every time were used."""
     bad_steps: list[dict[str, Any]]
     """Steps that were passed over because loss or gradient was not finite: step, loss, grad_norm, rows."""
+    alerts: list[dict[str, Any]]
+    """What was said about the run while it went on: step, name, message (`psft.runs.alerts`)."""
     resumed: list[dict[str, Any]]
     """One entry each time the run was taken up again: the step, when, the command, the number of processes."""
     environment: dict[str, Any]
