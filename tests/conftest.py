@@ -171,7 +171,7 @@ def make_trainer(
             "output_dir": str(tmp_path / name), "train_batch_size": 16, "mini_batch_size": 4, "learning_rate": 1e-2,
             "lr_scheduler_type": "constant", "max_steps": 8, "bf16": False, "gradient_checkpointing": False,
             "report_to": "none", "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "seed": 3,
-            "max_tokens_per_micro_batch": 64,
+            "max_tokens_per_micro_batch": 64, "probe_every": 0,
         }  # fmt: skip
         return PSFTTrainer(
             model=make_tiny_model() if model is None else model,

@@ -150,6 +150,23 @@ class PSFTFields(ObjectiveFields):
     sft_warmup_optimizer_state: str | None = _setting(
         None, "After the warm-up keep the optimizer's moments (default) or reset them."
     )
+    track_clipped_tokens: bool = _setting(
+        True, "Count by token and epoch what the bound clips, with places in the text: clipped_tokens.parquet."
+    )
+    probe_every: int = _setting(
+        50, "Optimizer steps between measurements of the retention probe, besides the first and the last; 0 = no probe."
+    )
+    probe_prompts: str | None = _setting(
+        None, "File with prompts of your own for the retention probe: rows with prompt or messages, and kind."
+    )
+    probe_max_new_tokens: int = _setting(48, "Longest answer of the base model to a probe prompt, in tokens.")
+    drift_budget: float | None = _setting(
+        0.1, "Say so once the retention probe has drifted by more than this, in nats per token, beyond its error."
+    )
+    stop_when: list[str] | None = _setting(
+        None, "Rules that end the run with a checkpoint, as METRIC>NUMBER or METRIC<NUMBER [for N]: drift>0.05."
+    )
+    save_when: list[str] | None = _setting(None, "Rules, written alike, that save a checkpoint and go on.")
     force_pure_bf16: bool = _setting(False, "Allow bfloat16 weights although updates at lr 1e-6 vanish in them.")
     allow_ratio_noise: bool = _setting(False, "Warn instead of stop when old pass and training pass differ.")
     resume: bool = _setting(

@@ -99,7 +99,7 @@ class RunFolder:
         path = self.path / name
         text = json.dumps(to_json(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         self.path.mkdir(parents=True, exist_ok=True)
-        _replace(path, _encoded(text))
+        replace_file(path, _encoded(text))
         return path
 
     def read_json(self, name: str) -> dict[str, Any]:
@@ -134,21 +134,21 @@ class RunFolder:
             file.write(line)
 
     def cut_back(self, step: int, *, num_eval_rows: int | None = None) -> None:
-        """Remove the rows of metrics.jsonl and eval.jsonl that a run resumed from a checkpoint repeats. A file is
-        replaced whole or stays as it was.
+        """Remove the rows of metrics.jsonl, probe.jsonl and eval.jsonl that a run resumed from a checkpoint repeats.
+        A file is replaced whole or stays as it was.
 
         Args:
             step: of the checkpoint; 0 = the run begins again. Rows of later steps go.
             num_eval_rows: rows eval.jsonl had when the checkpoint was written; later ones go, of `step` itself, too:
                 what is measured after a checkpoint is measured again. None = not known, by step alone.
         """
-        for name, number in (("metrics.jsonl", None), ("eval.jsonl", 0 if step == 0 else num_eval_rows)):
+        for name, number in (("metrics.jsonl", None), ("probe.jsonl", None), ("eval.jsonl", num_eval_rows)):
             rows = self.read_rows(name)
-            kept = [row for row in rows[:number] if row.get("step", 0) <= step]
+            kept = [row for row in rows[: 0 if step == 0 else number] if row.get("step", 0) <= step]
             path = self.path / name
             if path.exists():
                 lines = b"".join(_encoded(json.dumps(row, ensure_ascii=False)) + b"\n" for row in kept)
-                _replace(path, lines)
+                replace_file(path, lines)
 
     def read_rows(self, name: str) -> list[dict[str, Any]]:
         """All whole rows of a .jsonl file, none if it is missing. A last line without its newline is torn and left out.
@@ -204,7 +204,7 @@ def _encoded(text: str) -> bytes:
     return text.encode(errors="backslashreplace")
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Write a file that is never seen half written: a temporary one beside it, then a rename."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:

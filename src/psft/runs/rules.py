@@ -25,7 +25,7 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
 }
 _FORM = re.compile(r"\s*([A-Za-z_][\w.\-/]*)\s*(>=|<=|>|<)\s*([^\s]+)\s*(?:for\s+(\d+))?\s*")
-_NOT_NUMBERS = {"stage", "log_ratio_histogram"}
+_NOT_NUMBERS = {"stage", "log_ratio_histogram", "tokens_per_second", "peak_memory_bytes"}  # the last two: other per rank
 STEP_METRICS = tuple(sorted(set(MetricsRow.__annotations__) - _NOT_NUMBERS))
 """What a rule can ask of every optimizer step."""
 DRIFT = "drift"

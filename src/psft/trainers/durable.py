@@ -21,6 +21,7 @@ from psft.objectives import Objective
 from psft.ops.precision import deterministic
 from psft.runs.checkpoints import publish, rotate, staging_root
 from psft.trainers.bad_steps import BadSteps
+from psft.trainers.clipped_tokens import ClippedTokens
 from psft.trainers.psft_config import PSFTConfig
 from psft.trainers.recording import RunRecorder
 from psft.trainers.reference import FrozenReference
@@ -35,6 +36,7 @@ from psft.trainers.resume import (
 from psft.trainers.safeguards import check_free_space, check_longest_row
 from psft.trainers.stop_signal import StopSignal
 from psft.trainers.trust_region import TrustRegion
+from psft.trainers.watching import RunWatch
 from psft.window import Schedule, Step, Window
 
 
@@ -51,6 +53,8 @@ class DurableTrainer(SFTTrainer):
     objective: Objective
     recorder: RunRecorder
     trust_region: TrustRegion
+    watch: RunWatch
+    clipped_tokens: ClippedTokens | None
     reference: FrozenReference | None
     _window: Window | None
     _current_step: Step | None
@@ -218,6 +222,9 @@ class DurableTrainer(SFTTrainer):
             self.trust_region.load_state_dict(resume.state["trust_region"])
         if self.reference is not None and "data" not in (self.args.allow_changed or []):
             self.reference.restore(resume.path)
+        self.watch.restore(resume.path)
+        if self.clipped_tokens is not None:
+            self.clipped_tokens.restore(resume.path)
         self._total_train_tokens = resume.state["num_train_tokens"]
         self.bad_steps.in_a_row = resume.state["bad_steps_in_a_row"]
         if resume.state.get("is_evaluated"):

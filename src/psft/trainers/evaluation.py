@@ -58,7 +58,7 @@ class HeldOutResult:
 
 def token_mean_evaluation(trainer: PSFTTrainer, dataloader: DataLoader[Any], description: str) -> HeldOutResult:
     """Score every row of the loader once, on all ranks, in eval mode. A progress bar appears after two seconds."""
-    model = _evaluation_model(trainer)
+    model = evaluation_model(trainer)
     was_training = model.training
     model.eval()
     parts = []
@@ -77,7 +77,7 @@ def token_mean_evaluation(trainer: PSFTTrainer, dataloader: DataLoader[Any], des
     return HeldOutResult(*rows.unbind(1))
 
 
-def _evaluation_model(trainer: PSFTTrainer) -> Any:
+def evaluation_model(trainer: PSFTTrainer) -> Any:
     """The prepared model; before training it is prepared here, as `Trainer.evaluation_loop` does."""
     model = trainer._wrap_model(trainer.model, training=False)
     if len(trainer.accelerator._models) == 0 and model is trainer.model:

@@ -167,6 +167,14 @@ class PSFTConfig(PSFTFields, trl.SFTConfig):  # type: ignore[misc]  # train_batc
         unknown = [name for name in self.allow_changed or [] if name not in CHANGES]
         if unknown:
             problems.append(f"allow_changed={','.join(unknown)} is not known; it is any of {', '.join(CHANGES)}")
+        if self.probe_every < 0:
+            problems.append(f"probe_every={self.probe_every} must be 0 (no probe) or more optimizer steps")
+        if self.probe_max_new_tokens < 1:
+            problems.append(f"probe_max_new_tokens={self.probe_max_new_tokens} must be 1 or more")
+        if self.probe_prompts is not None and not self.probe_every:
+            problems.append("probe_prompts has no effect with probe_every=0. Remove one of them")
+        if self.drift_budget is not None and not self.drift_budget > 0:
+            problems.append(f"drift_budget={self.drift_budget} must be greater than 0 (nats per token)")
         if self.allow_changed and not (self.resume or self.resume_from_checkpoint):
             problems.append("allow_changed has no effect without resume. Remove it")
         if self.resume and self.overwrite_output_dir:

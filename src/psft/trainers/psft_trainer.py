@@ -19,6 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput, seed_worker
 from psft.data.microbatch import ROW_NUMBERS, MiniBatchCollator, NumberedRows, empty_micro_batch
 from psft.errors import RequestError
 from psft.objectives import Objective, ObjectiveOutput, sft_loss
+from psft.trainers.clipped_tokens import ClippedTokens
 from psft.trainers.cpu_sharding import sharding_on_cpu
 from psft.trainers.durable import DurableTrainer
 from psft.trainers.evaluation import token_mean_evaluation
@@ -39,6 +40,7 @@ from psft.trainers.safeguards import (
 from psft.trainers.stop_signal import leave_signals_to_parent
 from psft.trainers.telemetry import StepTelemetry
 from psft.trainers.trust_region import TrustRegion
+from psft.trainers.watching import RunWatch
 from psft.window import Schedule, Step, Window
 
 
@@ -98,6 +100,9 @@ class PSFTTrainer(DurableTrainer):
             announce_plain_sft(args)
         self.trust_region = TrustRegion(args, self.objective)
         self.recorder = RunRecorder(self)
+        self.watch = RunWatch(self)
+        is_tracked = args.track_clipped_tokens and self.trust_region.radius_name is not None
+        self.clipped_tokens = ClippedTokens(self) if is_tracked else None
         self._window: Window | None = None
         self._current_step: Step | None = None
         self._epoch_steps: deque[Step] = deque()
@@ -196,7 +201,10 @@ class PSFTTrainer(DurableTrainer):
         self._window = None
         if self.reference is not None:
             self.reference.prepare()
+        self.watch.begins()
         super()._run_epoch(*args, **kwargs)
+        if self.clipped_tokens is not None:
+            self.clipped_tokens.write(self.recorder.folder.path)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -271,7 +279,7 @@ class PSFTTrainer(DurableTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward, objective and backward over the micro-batches of one mini-batch. Returns the step's loss."""
-        assert self._window is not None
+        assert self._window is not None and self._current_step is not None
         model.train()
         telemetry = StepTelemetry(self.args.device)
         total = torch.zeros((), device=self.args.device)
@@ -297,9 +305,19 @@ class PSFTTrainer(DurableTrainer):
                 self.accelerator.backward(loss)
             total += loss.detach()
             weight = normalizer / num_items_in_batch  # metrics are token means, however the loss is averaged
-            telemetry.add(scored, old_logps, {name: value * weight for name, value in output.metrics.items()})
+            clipped = self._clipped(scored, old_logps)
+            telemetry.add(scored, old_logps, {name: x * weight for name, x in output.metrics.items()}, clipped)
+            if self.clipped_tokens is not None and clipped is not None and self._current_step.mini_batch > 1:
+                self.clipped_tokens.add(micro_batch, scored.mask, clipped, self._epoch + 1)
         self.recorder.loss_seen(telemetry, total)
         return total
+
+    def _clipped(self, scored: ScoredTokens, old_logps: Tensor | None) -> Tensor | None:
+        """(B, T - 1) bool: counted tokens whose gradient the bound removed; None where the objective has no bound."""
+        if old_logps is None:
+            return None
+        clipped = self.trust_region.clipped(scored.logps.detach(), old_logps)
+        return None if clipped is None else clipped & scored.mask
 
     def _vocabulary(self, micro_batch: dict[str, Any]) -> dict[str, Any]:
         """What the head is asked for beyond log-probs: arguments of `_score`."""
@@ -409,8 +427,11 @@ class PSFTTrainer(DurableTrainer):
                 if row.get(name) is not None:
                     self._metrics["train"][name].append(row[name])
             self.trust_region.step_ends(self._current_step, row, is_last=self._window.is_spent)
+            if self.clipped_tokens is not None:
+                self.clipped_tokens.step_ends()
             self._total_train_tokens += row["tokens"]
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+            self.watch.step_ends(row)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, epoch, *args, **kwargs)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from psft.errors import RequestError, RunFailed, first_line, lost_a_peer, lost_a_worker
 from psft.runs import RunFolder, command_line, describe_environment
 from psft.runs.checkpoints import remove_leftovers
+from psft.runs.rows import ProbeRow
 from psft.trainers.evaluation import HeldOutResult
 from psft.trainers.telemetry import StepTelemetry
 from psft.window import Step
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from psft.trainers.psft_trainer import PSFTTrainer
 
 
-_NOTED = ("nll", "entropy", "clip_fraction", "grad_norm")
+_NOTED = ("nll", "entropy", "clip_fraction", "grad_norm", "drift_nats_per_token")
 """Metrics whose first and last value the summary holds."""
 
 
@@ -40,6 +41,7 @@ class RunRecorder:
     """Follows one trainer: `step_begins` -> (telemetry set) -> `step_ends` for every step, `evaluated` now and then.
 
     is_claimed: set to True by a caller that has claimed the run folder already. extra: more entries for run.json.
+    listeners: called on the first rank with each row and the file it goes to, without its ending.
     """
 
     def __init__(self, trainer: PSFTTrainer) -> None:
@@ -50,6 +52,7 @@ class RunRecorder:
         self.last_evaluated_step: int | None = None
         self.num_eval_rows = 0  # of eval.jsonl; known to the rank that writes
         self.extra: dict[str, Any] = {}
+        self.listeners: list[Callable[[str, Any], None]] = []
         self.measured_names: list[str] = []  # of the last step: what the trackers are told
         self.loss: Tensor | None = None
         self._step_started = self._train_started = self._wall_time_s = 0.0
@@ -93,6 +96,8 @@ class RunRecorder:
             yield
             if self.trainer.stop_signal.number is not None:
                 self._exit_reason = "interrupted"
+            elif self.trainer.watch.stopped_by is not None:
+                self._exit_reason = f"stopped: {self.trainer.watch.stopped_by}"
         except KeyboardInterrupt:
             self._exit_reason = "interrupted"
             raise
@@ -110,9 +115,11 @@ class RunRecorder:
         """Cut the records back to `step` and take up what they say; run.json keeps how the run began."""
         remove_leftovers(self.folder.path)
         self.folder.cut_back(step, num_eval_rows=num_eval_rows)
-        for row in self.folder.read_rows("metrics.jsonl"):
+        stepped, probed = self.folder.read_rows("metrics.jsonl"), self.folder.read_rows("probe.jsonl")
+        for row in [*stepped, *(row for row in probed if row.get("group") == "all")]:
             self._note("", {k: row[k] for k in _NOTED if row.get(k) is not None})
         measured = self.folder.read_rows("eval.jsonl")
+        self.trainer.watch.replay(stepped, measured, probed)
         self.num_eval_rows = len(measured)
         for row in measured:
             if row.get("value") is not None:
@@ -124,6 +131,7 @@ class RunRecorder:
             info |= {name: began[name] for name in ("command", "started_at") if name in began}
             info |= {name: value for name, value in began.items() if name not in info}
             info["bad_steps"] = self.trainer.bad_steps.found
+            info["alerts"] = [alert for alert in began.get("alerts", []) if alert["step"] <= step]
             again = {"step": step, "at": info_now(), "command": command_line(), "world_size": info["world_size"]}
             info["resumed"] = [*began.get("resumed", []), again]
         with contextlib.suppress(RequestError):
@@ -135,6 +143,12 @@ class RunRecorder:
         if self._writes and self.is_claimed:
             info = self.folder.read_json("run.json")
             self.folder.write_json("run.json", {**info, "bad_steps": self.trainer.bad_steps.found})
+
+    def write_alerts(self, alerts: list[dict[str, Any]]) -> None:
+        """Keep what was said about the run in run.json."""
+        if self._writes and self.is_claimed:
+            info = self.folder.read_json("run.json")
+            self.folder.write_json("run.json", {**info, "alerts": alerts})
 
     def _in_words(self, error: BaseException) -> RunFailed | None:
         """A failure of the machine that a person can do something about, or None."""
@@ -188,7 +202,7 @@ class RunRecorder:
         """Read the step's telemetry (the one host synchronisation of a step) and append its row."""
         assert self.telemetry is not None and self.loss is not None
         measured = self.telemetry.read(reduce)
-        self.measured_names = [name for name in measured if name != "tokens"]
+        self.measured_names = [name for name in measured if name not in ("tokens", "log_ratio_histogram")]
         loss = reduce(self.loss, "sum").item() / self.trainer.args.world_size
         self.telemetry = None
         state = self.trainer.state
@@ -209,6 +223,7 @@ class RunRecorder:
         self._note("", {k: row[k] for k in _NOTED if row.get(k) is not None})
         if self._writes:
             self.folder.append("metrics.jsonl", row)
+        self._tell("metrics", row)
         return row
 
     def evaluated(self, prefix: str, result: HeldOutResult) -> None:
@@ -235,6 +250,24 @@ class RunRecorder:
         if self._writes and self.is_claimed:
             self.folder.append("eval.jsonl", row)
             self.num_eval_rows += 1
+        self._tell("eval", row)
+        self.trainer.watch.evaluated(row)
+
+    def probed(self, rows: list[ProbeRow]) -> None:
+        """Append what the retention probe measured at the current step; the first row is over all prompts."""
+        drift = rows[0]["drift_nats_per_token"]
+        if drift is not None:
+            self._note("", {"drift_nats_per_token": drift})
+        if self._writes and self.is_claimed:
+            for row in rows:
+                self.folder.append("probe.jsonl", row)
+        for row in rows:
+            self._tell("probe", row)
+
+    def _tell(self, kind: str, row: Any) -> None:
+        if self._writes:
+            for listener in self.listeners:
+                listener(kind, row)
 
     @property
     def _writes(self) -> bool:

@@ -109,8 +109,11 @@ def save_state(trainer: DurableTrainer, folder: Path, position: Position, window
         layout = json.dumps({"steps": [asdict(step) for step in steps], "rows": rows})
         tensors = {f"{k}.{i}": logps.cpu().contiguous() for (k, i), logps in old_logps.items()}
         save_file(tensors, folder / _window_file(args.process_index), metadata={"layout": layout})
+    if trainer.clipped_tokens is not None:
+        trainer.clipped_tokens.save(folder)
     if not trainer.is_world_process_zero():
         return
+    trainer.watch.save(folder)
     if trainer.reference is not None:
         trainer.reference.save(folder)
     state = {

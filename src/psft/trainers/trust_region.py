@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from psft.errors import RequestError
 from psft.objectives import Objective
+from psft.ops import MAX_LOG_RATIO
 from psft.trainers.psft_config import PSFTConfig
 from psft.window import Step, TrustRegionController
 
@@ -52,6 +57,15 @@ class TrustRegion:
         if self.controller is None or self.controller.adjusts != "epsilon" or self.radius_name is None:
             return {}
         return {self.radius_name: self.controller.value}
+
+    def clipped(self, logps: Tensor, old_logps: Tensor) -> Tensor | None:
+        """Bool, shaped like both: tokens beyond the bound in force, as the objective has it; None without a bound."""
+        if self.radius_name is None or self.radius is None:
+            return None
+        radius = self.overrides.get(self.radius_name, self.radius)
+        if self.radius_name == "epsilon_high":
+            return logps - old_logps > min(math.log1p(radius), MAX_LOG_RATIO)
+        return logps - old_logps > torch.log1p(radius * torch.exp(-old_logps)).clamp(max=MAX_LOG_RATIO)
 
     def num_mini_batches(self, first: Step) -> int:
         """Mini-batches of the window that begins with step `first`."""
