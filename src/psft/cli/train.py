@@ -106,8 +106,11 @@ class PreparedRun:
 
         A run that a signal stopped leaves its last checkpoint instead.
         """
+        from psft.cli.live_view import live_view
+
         trainer = self.trainer
-        trainer.train()
+        with live_view(trainer):
+            trainer.train()
         if trainer.stop_signal.number is not None:
             return
         with trainer.recorder.failures_in_words():
