@@ -47,7 +47,7 @@ def test_a_reference_costs_its_copy_and_a_forward_pass() -> None:
     plain = estimate_memory(QWEN, micro_batch_tokens=512)
     copied = estimate_memory(QWEN, micro_batch_tokens=512, reference_parameters=1000, has_reference_logits=True)
     assert copied.states - plain.states == 4 * 1000
-    assert copied.head - plain.head == 256 * QWEN.vocab_size * 8 and copied.activations == plain.activations
+    assert copied.head - plain.head == 512 * QWEN.vocab_size * 4 and copied.activations == plain.activations
     half = estimate_memory(QWEN, micro_batch_tokens=512, reference_parameters=1000, pure_bf16=True)
     assert half.reference == 2 * 1000
     each = flops_per_token(QWEN, num_mini_batches=1, gradient_checkpointing=False, reference_matmul_parameters=n)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from psft.ops import reference, token_statistics
+from psft.ops import GemGap, lm_head, reference, token_statistics
 from psft.ops.checks import check_positive, check_same_shape
 
 
@@ -20,9 +20,11 @@ def peaked(n, v, h, dtype=torch.float64):
 @pytest.mark.parametrize(
     ("logit_scale", "softcap", "with_bias"), [(1.0, None, False), (0.25, None, True), (2.0, 5.0, True)]
 )
-def test_values_and_gradients_are_those_of_the_plain_twin(chunk_rows, logit_scale, softcap, with_bias):
-    """Goes red if the bias is scaled differently, the cap's derivative is left out, or a leftover chunk is dropped."""
+def test_values_and_gradients_are_those_of_the_plain_twin(chunk_rows, logit_scale, softcap, with_bias, monkeypatch):
+    """Goes red if the bias is scaled differently, the cap's derivative is left out, or a leftover is dropped."""
+    monkeypatch.setattr(lm_head, "_BLOCK_ROWS", 3)
     hidden, weight, bias, labels = peaked(10, 37, 8)
+    assert len(hidden) % 3 and 4 % 3, "there must be leftovers of blocks"
     assert chunk_rows == 1 or len(hidden) % chunk_rows != 0, "there must be a leftover chunk"
     leaves = [hidden, weight] + ([bias] if with_bias else [])
     for leaf in leaves:
@@ -82,9 +84,22 @@ def test_huge_logits_stay_finite():
     assert torch.isfinite(hidden.grad).all()
 
 
+def test_a_label_as_likely_as_another_token_is_no_top_1_hit():
+    """Goes red if a head of zeros, which knows nothing, is counted as right everywhere."""
+    hidden = torch.tensor([[2.0, 2.0, 1.0], [0.0, 0.0, 0.0], [1.0, 3.0, 2.0], [1.0, 3.0, 2.0]])
+    labels = torch.tensor([0, 2, 1, 2])
+    for function in (token_statistics, reference.token_statistics):
+        assert function(hidden, torch.eye(3), labels).is_top1.tolist() == [False, False, True, False]
+
+
 def test_wrong_shapes_are_named():
+    labels = torch.zeros(2, dtype=torch.long)
     with pytest.raises(ValueError, match=r"labels \(N,\)"):
-        token_statistics(torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(2, dtype=torch.long))
+        token_statistics(torch.zeros(3, 4), torch.zeros(5, 4), labels)
+    with pytest.raises(ValueError, match="logps_only leaves the quantities out"):
+        token_statistics(
+            *peaked(4, 5, 3)[:2], torch.zeros(4, dtype=torch.long), quantities=(GemGap(),), logps_only=True
+        )
     with pytest.raises(ValueError, match=r"a \(2,\), b \(3,\)"):
         check_same_shape(a=torch.zeros(2), b=torch.zeros(3))
     with pytest.raises(ValueError, match="x=nan"):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from psft.ops import GemGap, ReferenceLogits, RefKl, TopKEntropy, reference, token_statistics
+from psft.ops import GemGap, ReferenceLogits, RefKl, TopKEntropy, lm_head, reference, token_statistics
 
 QUANTITIES = [
     GemGap(), GemGap(gem_beta=2.0, gem_weighting="logsigmoid"), GemGap(gem_beta=0.2), RefKl(), RefKl("reverse"),
@@ -28,11 +28,13 @@ def case(num_tokens=10, num_words=37, width=8, dtype=torch.float64):
 @pytest.mark.parametrize("quantity", QUANTITIES, ids=repr)
 @pytest.mark.parametrize("chunk_rows", [1, 4, 64])
 @pytest.mark.parametrize(("logit_scale", "softcap"), [(1.0, None), (0.5, 5.0)])
-def test_values_and_gradients_are_those_of_the_plain_twin(quantity, chunk_rows, logit_scale, softcap):
+def test_values_and_gradients_are_those_of_the_plain_twin(quantity, chunk_rows, logit_scale, softcap, monkeypatch):
     """Goes red if a weight gets a gradient, S is taken as 1, the KL's own value is left out of its gradient, the soft
     cap's derivative is skipped, or the reference's rows are not those of the chunk."""
+    monkeypatch.setattr(lm_head, "_BLOCK_ROWS", 3)
     hidden, weight, bias, labels, frozen = case()
     assert chunk_rows == 1 or len(hidden) % chunk_rows != 0, "there must be a leftover chunk"
+    assert len(hidden) % 3 and 4 % 3, "and leftovers of blocks"
     pull = torch.randn(3, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     found = []
     for function in (reference.token_statistics, token_statistics):

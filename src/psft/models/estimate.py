@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from psft.models.architectures import Architecture
 
 GIB = 2**30
-HEAD_BYTES_PER_LOGIT = 12  # one chunk of logits: float32 value, its softmax, its gradient
-HEAD_BYTES_PER_REFERENCE_LOGIT = 8  # float32 value and log-softmax
-DEFAULT_HEAD_CHUNK_TOKENS = 256  # psft.ops.token_statistics.CHUNK_ROWS
+HEAD_BYTES_PER_LOGIT = 9  # of one chunk, float32: 4 each for probability and (some objectives) logit, 1 for scratch
+HEAD_BYTES_PER_REFERENCE_LOGIT = 4  # its log-probability, float32
+DEFAULT_HEAD_CHUNK_TOKENS = 512  # psft.ops.lm_head.CHUNK_ROWS
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ def estimate_memory(
 
     weights 4 B per parameter; gradients 4 B and AdamW 8 B per trainable one (pure bf16: 2, 2 and 4). Autocast keeps a
     bf16 copy, 2 B, of every matrix it multiplies by. Activations as `activation_bytes_per_token`; the head holds the
-    logits of `head_chunk_tokens` at most, 12 B each. A frozen reference has 4 B per parameter (pure bf16: 2) and no
-    gradients; its logits add 8 B each. It runs without gradients, so nothing of it is kept from forward to backward.
+    logits of `head_chunk_tokens` at most, 9 B each. A frozen reference has 4 B per parameter (pure bf16: 2) and no
+    gradients; its logits add 4 B each. It runs without gradients, so nothing of it is kept from forward to backward.
 
     Args:
         micro_batch_tokens: padded tokens of one forward pass on one device.

@@ -1,10 +1,13 @@
 """Plain twins of the fused operations: a reader's definition and the tests' ground truth. Memory is no object here."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from psft.ops.token_statistics import TokenStatistics, check_reference
-from psft.ops.vocabulary import GemGap, ReferenceLogits, RefKl, TopKEntropy, VocabularyQuantity
+from psft.ops.lm_head import TokenStatistics
+from psft.ops.token_loss import ChunkLoss, TokenLoss
+from psft.ops.vocabulary import GemGap, ReferenceLogits, RefKl, TopKEntropy, VocabularyQuantity, check_reference
 
 
 def token_statistics(
@@ -18,8 +21,12 @@ def token_statistics(
     chunk_rows: int = 0,
     quantities: tuple[VocabularyQuantity, ...] = (),
     reference: ReferenceLogits | None = None,
+    logps_only: bool = False,
 ) -> TokenStatistics:
-    """As `psft.ops.token_statistics`, by autograd through the full (N, V) logits; `chunk_rows` has no effect."""
+    """As `psft.ops.token_statistics`, by autograd through the full (N, V) logits.
+
+    `chunk_rows` and `logps_only` have no effect.
+    """
     check_reference(len(labels), len(weight), quantities, reference)
     logits = _logits(hidden, weight, bias, logit_scale, softcap)
     ref_logits = None if reference is None else _logits(*reference).detach()
@@ -27,9 +34,18 @@ def token_statistics(
     return TokenStatistics(
         logps=log_softmax.gather(1, labels[:, None])[:, 0],
         entropies=-(log_softmax.exp() * log_softmax).sum(-1),
-        is_top1=logits.argmax(-1) == labels,
+        is_top1=logits.gather(1, labels[:, None])[:, 0] > logits.scatter(1, labels[:, None], -torch.inf).amax(-1),
         quantities={q.name: vocabulary_quantity(q, logits, labels, ref_logits) for q in quantities},
     )
+
+
+def token_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_loss: ChunkLoss, *, chunk_rows: int = 0, **how: Any
+) -> TokenLoss:
+    """As `psft.ops.token_loss`, evaluated on all tokens at once and differentiated by autograd."""
+    statistics = token_statistics(hidden, weight, labels, **how)
+    loss, metrics = chunk_loss(statistics, slice(0, len(labels)))
+    return TokenLoss(loss, metrics, statistics)
 
 
 def vocabulary_quantity(

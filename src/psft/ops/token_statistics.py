@@ -1,37 +1,28 @@
-"""Log-probability, entropy, top-1 hit and vocabulary quantities of each target token, in chunks of rows.
+"""Log-probability, entropy, top-1 hit and vocabulary quantities of each target token, differentiable.
 
-The full (tokens x vocabulary) logits never exist: each chunk of rows is projected, reduced and dropped, and
-the backward projects it again. Four matrix products in all (logits twice, hidden gradient, weight gradient), two more
-where a reference's logits are asked for. Logits, statistics and the weight gradient are float32 (float64 for float64
-input), whatever the hidden states are.
+Four matrix products in all: the backward pass projects each chunk of rows again (logits twice, hidden gradient, weight
+gradient), and two more where a reference's logits are asked for. A loss whose every term belongs to one token is
+cheaper by `token_loss`.
 """
 
-from typing import Any, NamedTuple
+from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from psft.ops.vocabulary import ReferenceLogits, Rows, VocabularyQuantity, expectation
-
-CHUNK_ROWS = 256  # 256 x 49k float32 logits = 50 MB; 256 to 512 rows were fastest on CPU
-
-
-class TokenStatistics(NamedTuple):
-    """(N,) each, for N target tokens."""
-
-    logps: Tensor  # nats; differentiable
-    entropies: Tensor  # nats; differentiable
-    is_top1: Tensor  # bool; no gradient
-    quantities: dict[str, Tensor] = {}  # by name; each says itself whether it is differentiable
-
-
-class _Settings(NamedTuple):
-    logit_scale: float
-    softcap: float | None
-    chunk_rows: int
-    quantities: tuple[VocabularyQuantity, ...]
-    reference: ReferenceLogits | None
+from psft.ops.lm_head import (
+    CHUNK_ROWS,
+    ChunkedHead,
+    HeadGradients,
+    HeadSettings,
+    RowGradients,
+    TokenStatistics,
+    checked_settings,
+)
+from psft.ops.vocabulary import ReferenceLogits, VocabularyQuantity
 
 
 def token_statistics(
@@ -45,6 +36,7 @@ def token_statistics(
     chunk_rows: int = CHUNK_ROWS,
     quantities: tuple[VocabularyQuantity, ...] = (),
     reference: ReferenceLogits | None = None,
+    logps_only: bool = False,
 ) -> TokenStatistics:
     """Score target tokens under softmax(softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)).
 
@@ -60,147 +52,74 @@ def token_statistics(
         chunk_rows: rows projected at a time. The result does not depend on it up to rounding.
         quantities: what else to compute from each row of logits.
         reference: the frozen reference's hidden states and head, for the quantities that need them.
+        logps_only: leave out entropies and top-1 hits; the log-probs are the same to the bit.
     Raises:
         ValueError: shapes that do not fit, or a quantity that needs a reference without one.
     """
-    if hidden.dim() != 2 or labels.shape != hidden.shape[:1] or weight.shape[1:] != hidden.shape[1:]:
-        raise ValueError(
-            f"want hidden (N, H), weight (V, H), labels (N,); got {tuple(hidden.shape)}, {tuple(weight.shape)}, "
-            f"{tuple(labels.shape)}"
-        )
-    check_reference(len(labels), len(weight), quantities, reference)
-    settings = _Settings(float(logit_scale), softcap, int(chunk_rows), tuple(quantities), reference)
-    logps, entropies, is_top1, *extra = _TokenStatistics.apply(hidden, weight, bias, labels, settings)
+    if logps_only and quantities:
+        raise ValueError("logps_only leaves the quantities out; ask for one of the two")
+    settings = checked_settings(
+        hidden, weight, labels, logit_scale=logit_scale, softcap=softcap, chunk_rows=chunk_rows, quantities=quantities,
+        reference=reference,
+    )  # fmt: skip
+    logps, entropies, is_top1, *extra = _TokenStatistics.apply(hidden, weight, bias, labels, settings, logps_only)
     return TokenStatistics(logps, entropies, is_top1, {q.name: x for q, x in zip(quantities, extra, strict=True)})
-
-
-def check_reference(
-    num_tokens: int, num_words: int, quantities: tuple[VocabularyQuantity, ...], reference: ReferenceLogits | None
-) -> None:
-    """Raise `ValueError` if a quantity lacks its reference, or the reference scores other tokens or words."""
-    wanting = [q.name for q in quantities if q.needs_reference and reference is None]
-    if wanting:
-        raise ValueError(f"{', '.join(wanting)} needs the reference's logits: give reference=ReferenceLogits(...)")
-    if reference is not None and (len(reference.hidden), len(reference.weight)) != (num_tokens, num_words):
-        raise ValueError(
-            f"the reference has {len(reference.hidden)} tokens and {len(reference.weight)} words; "
-            f"the policy {num_tokens} and {num_words}"
-        )
 
 
 class _TokenStatistics(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, settings: _Settings
-    ) -> tuple[Tensor, ...]:
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        num_rows = hidden.shape[0]
-        logps = torch.empty(num_rows, dtype=dtype, device=hidden.device)
-        entropies = torch.empty_like(logps)
-        is_top1 = torch.empty(num_rows, dtype=torch.bool, device=hidden.device)
-        extra = [torch.empty_like(logps) for _ in settings.quantities]
-        for rows, chunk in _chunks(hidden, weight, bias, labels, settings, dtype):
-            target = chunk.labels[:, None]
-            is_top1[rows] = chunk.logits.argmax(-1) == target[:, 0]
-            logps[rows] = chunk.log_softmax.gather(1, target)[:, 0]
-            entropies[rows] = -expectation(chunk.log_softmax.exp(), chunk.log_softmax)
-            for quantity, values in zip(settings.quantities, extra, strict=True):
-                values[rows] = quantity.values(chunk)
-        ctx.save_for_backward(hidden, weight, bias, labels, entropies)
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        settings: HeadSettings,
+        logps_only: bool,
+    ) -> tuple[Tensor | None, ...]:
+        with torch.autocast(hidden.device.type, enabled=False):
+            head = ChunkedHead(hidden, weight, bias, labels, settings, keeps_logits=False)
+            chunks = [head.score(rows, logps_only=logps_only) for rows in head.chunks()]
+        ctx.save_for_backward(hidden, weight, bias, labels)
         ctx.settings = settings
+        ctx.set_materialize_grads(False)  # an unused entropy must not cost a pass over the vocabulary
+        logps = torch.cat([chunk.logps for chunk in chunks])
+        if logps_only:
+            return logps, None, None
+        is_top1 = torch.cat([chunk.is_top1 for chunk in chunks])
+        extra = [torch.cat([chunk.quantities[q.name] for chunk in chunks]) for q in settings.quantities]
         constant = [x for q, x in zip(settings.quantities, extra, strict=True) if not q.is_differentiable]
         ctx.mark_non_differentiable(is_top1, *constant)
-        ctx.set_materialize_grads(False)  # an unused entropy must not cost a pass over the vocabulary
-        return logps, entropies, is_top1, *extra
+        return logps, torch.cat([chunk.entropies for chunk in chunks]), is_top1, *extra
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_logps, grad_entropies, _, *grad_extra = grads
-        hidden, weight, bias, labels, entropies = ctx.saved_tensors
-        settings = ctx.settings
-        dtype = entropies.dtype
-        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.zeros_like(hidden) if want_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=dtype) if want_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and want_bias else None
-        wanted = [
-            (q, grad.to(dtype))
-            for q, grad in zip(settings.quantities, grad_extra, strict=True)
-            if grad is not None and q.is_differentiable
+        hidden, weight, bias, labels = ctx.saved_tensors
+        settings: HeadSettings = ctx.settings
+        inputs = (hidden, weight, bias)
+        wanted = [x if needed else None for x, needed in zip(inputs, ctx.needs_input_grad[:3], strict=True)]
+        pulled = [
+            (quantity, grad)
+            for quantity, grad in zip(settings.quantities, grad_extra, strict=True)
+            if grad is not None and quantity.is_differentiable
         ]
-        without_unused = settings._replace(
-            quantities=tuple(q for q, _ in wanted),
-            reference=settings.reference if any(q.needs_reference for q, _ in wanted) else None,
-        )
-        matrix = _for_product(weight, dtype)
-        for rows, chunk in _chunks(hidden, weight, bias, labels, without_unused, dtype):
-            probs = chunk.log_softmax.exp()
-            grad_logits = torch.zeros_like(probs)
-            if grad_logps is not None:  # d log p_y / dz = onehot(y) - p
-                grad = grad_logps[rows, None].to(dtype)
-                grad_logits.addcmul_(probs, grad, value=-1.0).scatter_add_(1, chunk.labels[:, None], grad)
-            if grad_entropies is not None:  # dH / dz_v = -p_v (log p_v + H)
-                surprise = torch.where(probs > 0, chunk.log_softmax + entropies[rows, None], 0.0)
-                grad_logits.addcmul_(probs * surprise, grad_entropies[rows, None].to(dtype), value=-1.0)
-            for quantity, grad in wanted:
-                quantity.add_logit_gradient(chunk, grad[rows, None], grad_logits)
-            if settings.softcap is not None:  # logits = c tanh(raw / c), so dlogits/draw = 1 - (logits / c)^2
-                grad_logits.mul_(1 - (chunk.logits / settings.softcap).square())
-            grad_logits.mul_(settings.logit_scale)
-            with torch.autocast(hidden.device.type, enabled=False):
-                if grad_hidden is not None:
-                    grad_hidden[rows] = (grad_logits.to(matrix.dtype) @ matrix).to(hidden.dtype)
-                if grad_weight is not None:
-                    grad_weight.addmm_(grad_logits.T, hidden[rows].to(dtype))
-                if grad_bias is not None:
-                    grad_bias.add_(grad_logits.sum(0))
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-        )
-
-
-def _chunks(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, settings: _Settings, dtype: torch.dtype
-) -> Any:
-    """Yield (slice of rows, their `Rows`), one chunk alive at a time."""
-    reference = settings.reference
-    with torch.autocast(hidden.device.type, enabled=False):
-        matrix = _for_product(weight, dtype)
-        ref_matrix = None if reference is None else _for_product(reference.weight.detach(), dtype)
-    for start in range(0, hidden.shape[0], settings.chunk_rows):
-        rows = slice(start, start + settings.chunk_rows)
-        ref_log_softmax = None
+        needs_reference = any(quantity.needs_reference for quantity, _ in pulled)
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = _logits(hidden[rows], matrix, bias, settings.logit_scale, settings.softcap, dtype)
-            if reference is not None and ref_matrix is not None:
-                ref_hidden = reference.hidden[rows].detach()
-                ref_logits = _logits(
-                    ref_hidden, ref_matrix, reference.bias, reference.logit_scale, reference.softcap, dtype
+            head = ChunkedHead(
+                hidden, weight, bias, labels,
+                settings._replace(quantities=(), reference=settings.reference if needs_reference else None),
+                keeps_logits=bool(pulled) or settings.softcap is not None,
+            )  # fmt: skip
+            total = HeadGradients(head.dtype, *wanted)
+            for rows in head.chunks():
+                head.score(rows, logps_only=grad_entropies is None)
+                of_rows = RowGradients(
+                    None if grad_logps is None else grad_logps[rows],
+                    None if grad_entropies is None else grad_entropies[rows],
+                    tuple((quantity, grad[rows]) for quantity, grad in pulled),
                 )
-                ref_log_softmax = torch.log_softmax(ref_logits, -1)
-            log_softmax = torch.log_softmax(logits, -1)
-        yield rows, Rows(logits, log_softmax, labels[rows], ref_log_softmax)
-
-
-def _for_product(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The head in the type its products run in: half precision stays so on CUDA, whose GEMM can return float32."""
-    return weight if weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16) else weight.to(dtype)
-
-
-def _logits(
-    hidden: Tensor, matrix: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None, dtype: torch.dtype
-) -> Tensor:
-    if matrix.dtype == dtype:
-        logits = hidden.to(dtype) @ matrix.T
-    else:
-        logits = torch.mm(hidden.to(matrix.dtype), matrix.T, out_dtype=dtype)
-    if bias is not None:
-        logits += bias.detach().to(dtype)
-    if logit_scale != 1.0:
-        logits *= logit_scale
-    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+                head.add_gradients(rows, of_rows, total)
+        in_type = zip((total.hidden, total.weight, total.bias), inputs, strict=True)
+        return *(None if grad is None else grad.to(x.dtype) for grad, x in in_type), None, None, None

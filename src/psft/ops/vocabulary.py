@@ -6,7 +6,7 @@ take it. `reference.py` has the same quantities written plainly, differentiated 
 """
 
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,13 +25,13 @@ class ReferenceLogits(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """One chunk: (rows, V) logits as the model gives them, their log-softmax, (rows,) labels, the reference's
-    (rows, V) log-softmax or None."""
+    """A block of rows of logits. log p = logits - log_norm."""
 
-    logits: Tensor
-    log_softmax: Tensor
-    labels: Tensor
-    ref_log_softmax: Tensor | None
+    logits: Tensor  # (rows, V), less each row's maximum
+    probs: Tensor  # (rows, V)
+    log_norm: Tensor  # (rows, 1)
+    labels: Tensor  # (rows, 1)
+    ref_log_probs: Tensor | None  # (rows, V), the frozen reference's
 
 
 @dataclass(frozen=True)
@@ -77,19 +77,19 @@ class GemGap(VocabularyQuantity):
     def _weights(self, rows: Rows) -> Tensor:
         weights = torch.softmax(rows.logits / self.gem_beta, -1)
         if self.gem_weighting == "logsigmoid":
-            target = rows.logits.gather(1, rows.labels[:, None])
+            target = rows.logits.gather(1, rows.labels)
             weights = weights * torch.sigmoid(0.01 * (rows.logits - target))
         return weights
 
     def values(self, rows: Rows) -> Tensor:
-        target = rows.log_softmax.gather(1, rows.labels[:, None])
-        return expectation(self._weights(rows), target - rows.log_softmax)
+        target = rows.logits.gather(1, rows.labels)
+        return expectation(self._weights(rows), target - rows.logits)
 
     def add_logit_gradient(self, rows: Rows, grad: Tensor, out: Tensor) -> None:
         weights = self._weights(rows)
-        out.scatter_add_(1, rows.labels[:, None], grad * weights.sum(-1, keepdim=True)).addcmul_(
-            weights, grad, value=-1
-        )
+        at_target = out.gather(1, rows.labels) + grad * weights.sum(-1, keepdim=True)
+        at_target -= grad * weights.gather(1, rows.labels)
+        out.addcmul_(weights, grad, value=-1).scatter_(1, rows.labels, at_target)
 
 
 @dataclass(frozen=True)
@@ -109,20 +109,20 @@ class RefKl(VocabularyQuantity):
         check_choice(("forward", "reverse"), kl_direction=self.kl_direction)
 
     def values(self, rows: Rows) -> Tensor:
-        log_p, log_ref = rows.log_softmax, _present(rows.ref_log_softmax)
+        log_ref = _present(rows.ref_log_probs)
+        surprise = (rows.logits - rows.log_norm).sub_(log_ref)  # log p - log p_ref
         if self.kl_direction == "forward":
-            return expectation(log_ref.exp(), log_ref - log_p)
-        return expectation(log_p.exp(), log_p - log_ref)
+            return expectation(log_ref.exp(), surprise.neg_())
+        return expectation(rows.probs, surprise)
 
     def add_logit_gradient(self, rows: Rows, grad: Tensor, out: Tensor) -> None:
-        log_p, log_ref = rows.log_softmax, _present(rows.ref_log_softmax)
-        probs = log_p.exp()
+        log_ref = _present(rows.ref_log_probs)
         if self.kl_direction == "forward":
-            out.addcmul_(probs - log_ref.exp(), grad)
+            out.addcmul_(rows.probs, grad).addcmul_(log_ref.exp(), grad, value=-1)
             return
-        surprise = log_p - log_ref
-        kl = expectation(probs, surprise)[:, None]
-        out.addcmul_(torch.where(probs > 0, probs * (surprise - kl), 0.0), grad)
+        surprise = (rows.logits - rows.log_norm).sub_(log_ref)
+        surprise.sub_(expectation(rows.probs, surprise)[:, None])
+        out.addcmul_(torch.where(rows.probs > 0, rows.probs * surprise, 0.0), grad)
 
 
 @dataclass(frozen=True)
@@ -151,10 +151,23 @@ def expectation(probs: Tensor, values: Tensor) -> Tensor:
     return torch.where(probs > 0, probs * values, 0.0).sum(-1)
 
 
-def _present(ref_log_softmax: Any) -> Tensor:
-    if ref_log_softmax is None:
-        raise ValueError("ref_kls needs the reference's logits: give reference=ReferenceLogits(hidden, weight)")
-    return ref_log_softmax
+def check_reference(
+    num_tokens: int, num_words: int, quantities: tuple[VocabularyQuantity, ...], reference: ReferenceLogits | None
+) -> None:
+    """Raise `ValueError` if a quantity lacks its reference, or the reference scores other tokens or words."""
+    wanting = [q.name for q in quantities if q.needs_reference and reference is None]
+    if wanting:
+        raise ValueError(f"{', '.join(wanting)} needs the reference's logits: give reference=ReferenceLogits(...)")
+    if reference is not None and (len(reference.hidden), len(reference.weight)) != (num_tokens, num_words):
+        raise ValueError(
+            f"the reference has {len(reference.hidden)} tokens and {len(reference.weight)} words; "
+            f"the policy {num_tokens} and {num_words}"
+        )
+
+
+def _present(ref_log_probs: Tensor | None) -> Tensor:
+    assert ref_log_probs is not None, "`check_reference` has seen to it"
+    return ref_log_probs
 
 
 VOCABULARY_QUANTITIES: dict[str, type[VocabularyQuantity]] = {q.name: q for q in (GemGap, RefKl, TopKEntropy)}
