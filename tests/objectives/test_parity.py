@@ -11,7 +11,7 @@ import torch
 from plain import plain_loss
 
 from psft.objectives import objective_names, resolve_objective
-from psft.ops import GemGap, ReferenceLogits, RefKl, TopKEntropy, reference, token_statistics
+from psft.ops import GemGap, ReferenceLogits, RefKl, TopKEntropy, reference, token_loss, token_statistics
 
 CASES = [  # (objective, settings)
     ("sft", {}),
@@ -120,23 +120,8 @@ class Batch:
     def fused(self, name, settings, *, is_packed=False):
         """The objective's output, and the log-probs it was given: (B, T), or (1, B T) with all sequences in one row."""
         objective = resolve_objective(name, settings)
-        labels, head = self.labels[self.mask], {"bias": self.bias, **self.settings}
-        frozen = {**head, "bias": None if self.bias is None else self.bias.detach()}
-        hidden, ref_hidden = self.hidden[self.mask], self.ref_hidden[self.mask]
-        ref_logits = ReferenceLogits(ref_hidden, self.ref_weight, **frozen)
-        scored = token_statistics(
-            hidden,
-            self.weight,
-            labels,
-            chunk_rows=CHUNK_ROWS,
-            quantities=objective.vocabulary,
-            reference=ref_logits if objective.needs_ref_vocabulary else None,
-            **head,
-        )
-        with torch.no_grad():
-            old = token_statistics(hidden, self.old_weight, labels, chunk_rows=CHUNK_ROWS, **frozen)
-            ref = token_statistics(ref_hidden, self.ref_weight, labels, chunk_rows=CHUNK_ROWS, **frozen)
-        per_token = {"logps": scored.logps, "old_logps": old.logps, "ref_logps": ref.logps, **scored.quantities}
+        scored = token_statistics(*self.scored, **self.asked(objective))
+        per_token = {"logps": scored.logps, **self.constants(), **scored.quantities}
         available = {key: self.scattered(value) for key, value in per_token.items()}
         available["sequence_ids"] = torch.arange(len(self.labels))[:, None].expand_as(self.labels)
         available["completion_mask"] = self.mask
@@ -144,6 +129,49 @@ class Batch:
             available = {key: value.reshape(1, -1) for key, value in available.items()}
         needed = {key: value for key, value in available.items() if key in objective.needs}
         return objective(**needed, normalizer=NORMALIZER), available["logps"]
+
+    def in_forward(self, name, settings):
+        """The loss by the op that computes gradients in the forward pass, or None where it cannot."""
+        objective, constants = resolve_objective(name, settings), self.constants()
+        if not objective.is_token_local:
+            return None
+
+        def chunk_loss(scored, rows):
+            per_token = {"logps": scored.logps, **{k: x[rows] for k, x in constants.items()}, **scored.quantities}
+            per_token["completion_mask"] = torch.ones_like(scored.logps, dtype=torch.bool)
+            needed = {key: value[None] for key, value in per_token.items() if key in objective.needs}
+            return objective(**needed, normalizer=NORMALIZER)
+
+        return token_loss(*self.scored, chunk_loss, **self.asked(objective)).loss
+
+    @property
+    def scored(self):
+        return self.hidden[self.mask], self.weight, self.labels[self.mask]
+
+    @property
+    def frozen_head(self):
+        return {**self.settings, "bias": None if self.bias is None else self.bias.detach()}
+
+    def asked(self, objective):
+        """How the head is called for an objective."""
+        reference_logits = ReferenceLogits(self.ref_hidden[self.mask], self.ref_weight, **self.frozen_head)
+        return {
+            "chunk_rows": CHUNK_ROWS, "quantities": objective.vocabulary, "bias": self.bias, **self.settings,
+            "reference": reference_logits if objective.needs_ref_vocabulary else None,
+        }  # fmt: skip
+
+    def constants(self):
+        """(N,) log-probs of the old policy and of the reference at the counted tokens."""
+        with torch.no_grad():
+            return {
+                name: token_statistics(
+                    hidden[self.mask], weight, self.labels[self.mask], chunk_rows=CHUNK_ROWS, **self.frozen_head
+                ).logps
+                for name, hidden, weight in (
+                    ("old_logps", self.hidden, self.old_weight),
+                    ("ref_logps", self.ref_hidden, self.ref_weight),
+                )  # fmt: skip
+            }
 
     def scattered(self, values):
         """(B, T) from one value per counted token; nan elsewhere, which nothing may see."""
@@ -164,13 +192,17 @@ def test_loss_and_gradients_are_those_of_the_equation_on_full_logits(name, setti
     counts padding, the top k are not renormalised, the last chunk is lost, or the reference's soft cap is.
     """
     batch = Batch(**head)
-    want, got = batch.plain(name, settings), batch.fused(name, settings)[0].loss
-    assert got.dtype == torch.float64
-    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-14)
+    want = batch.plain(name, settings)
     wanted = gradients(want, batch.leaves)
     assert all(grad.any() for grad in wanted)
-    for one, other in zip(wanted, gradients(got, batch.leaves), strict=True):
-        torch.testing.assert_close(other, one, rtol=1e-10, atol=1e-14)
+    for got in (batch.fused(name, settings)[0].loss, batch.in_forward(name, settings)):
+        if got is None:
+            assert name == "iw_sft" and settings.get("iw_level") != "token"
+            continue
+        assert got.dtype == torch.float64
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-14)
+        for one, other in zip(wanted, gradients(got, batch.leaves), strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("iw_temperature", [1.0, 10.0])

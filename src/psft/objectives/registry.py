@@ -63,6 +63,14 @@ _REGISTERED: dict[str, Loss | Variants] = {
     "chord_phi": chord_phi_loss,
 }
 
+_TOKEN_LOCAL: frozenset[Loss] = frozenset(
+    {
+        sft_loss, psft_loss, psft_tv_loss, psft_soft_loss, psft_smoothed_loss, sft_kl_loss, sft_kl_target_loss,
+        dft_loss, iw_sft_token_loss, gem_loss, asft_loss, eaft_loss, chord_phi_loss,
+    }
+)  # fmt: skip
+"""Sums of one term a token that looks at no other token: see `Objective.is_token_local`."""
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -90,6 +98,15 @@ class Objective:
     def needs_ref_vocabulary(self) -> bool:
         """Whether the reference's whole distribution is needed at every token."""
         return any(quantity.needs_reference for quantity in self.vocabulary)
+
+    @property
+    def is_token_local(self) -> bool:
+        """Whether loss and metrics are sums over tokens of a function of that token's own quantities.
+
+        Then they may be evaluated on any cut of the tokens and added up, and the head computes gradients as it goes.
+        A function of the user's own says so with an attribute: `my_loss.is_token_local = True`.
+        """
+        return self.function in _TOKEN_LOCAL or bool(getattr(self.function, "is_token_local", False))
 
     @functools.cached_property
     def _own(self) -> frozenset[str]:
@@ -160,6 +177,11 @@ def resolve_objective(name: str, given: Mapping[str, Any]) -> Objective:
     objective = Objective(name, function, needs, {**defaults, **of_quantities, **given, **chosen}, vocabulary)
     if name in _REGISTERED:
         _check_values(objective)
+    elif objective.is_token_local and "sequence_ids" in needs:
+        raise RequestError(
+            f"objective '{name}' says is_token_local and takes sequence_ids: its tokens come in pieces of any kind, so "
+            "what belongs to a sequence is not together. Remove one of the two."
+        )
     return objective
 
 
