@@ -144,6 +144,11 @@ class PSFTFields(ObjectiveFields):
     max_tokens_per_micro_batch: int | str = _setting(
         "auto", "Hard cap on padded tokens of one forward pass on one device."
     )
+    head_kernel: str = _setting(
+        "auto",
+        "What computes log-probs from hidden states: torch, trl (TRL's kernel: Triton on CUDA; no vocabulary quantity, "
+        "which gem, asft, eaft and sft_kl full need), or auto: trl on CUDA where it can, else torch.",
+    )
     sft_warmup_steps: int = _setting(0, "Optimizer steps of plain SFT before PSFT starts, on the same step axis.")
     sft_warmup_mini_batch_size: int | None = _setting(None, "Mini-batch of the warm-up. Default: train_batch_size.")
     sft_warmup_learning_rate: float | None = _setting(None, "Learning rate of the warm-up. Default: learning_rate.")

@@ -52,14 +52,15 @@ def test_the_ratio_is_that_of_a_frozen_copy_of_the_model_at_window_start(make_tr
     """Goes red if an old pass runs after an update, on other rows, or in another order than training."""
     trainer = make_trainer(max_steps=3, train_batch_size=12, mini_batch_size=4)
     seen = []
-    output_of = trainer._objective_output
+    bound_objective = trainer._bound_objective
 
-    def spy(number, micro_batch, scored, normalizer):
-        old_logps = trainer._window.old_logps(number)
-        seen.append((scored.mask, None if old_logps is None else old_logps.clone()))
-        return output_of(number, micro_batch, scored, normalizer)
+    def spy(number, micro_batch, normalizer):
+        bound, old_logps = bound_objective(number, micro_batch, normalizer)
+        assert bound.constants.get("old_logps") is old_logps
+        seen.append((micro_batch["labels"][:, 1:] != -100, None if old_logps is None else old_logps.clone()))
+        return bound, old_logps
 
-    trainer._objective_output = spy
+    trainer._bound_objective = spy
     trainer.train()
     frozen = make_tiny_model()
     order = trainer.get_train_dataloader()

@@ -138,11 +138,15 @@ class _WithGradients(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("this loss has been differentiated before and its gradients were handed over then")
-        is_one = grad_loss.device.type == "cpu" and grad_loss.item() == 1.0  # saves a pass; elsewhere it would wait
-        scaled = []
+        is_one, scaled = _is_one(grad_loss), []
         for grad, dtype in zip((gradients.hidden, gradients.weight, gradients.bias), ctx.dtypes, strict=True):
             if grad is not None:
                 # Scaled before it is rounded to its input's type: a loss scaler's factor keeps float16 from underflow.
                 grad = (grad if is_one else grad.mul_(grad_loss)).to(dtype)
             scaled.append(grad)
         return None, None, *scaled
+
+
+def _is_one(factor: Tensor) -> bool:
+    """Whether a factor is known to change nothing. On an accelerator nobody waits to be told."""
+    return factor.device.type == "cpu" and factor.item() == 1.0

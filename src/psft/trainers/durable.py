@@ -51,6 +51,7 @@ class DurableTrainer(SFTTrainer):
     args: PSFTConfig
     train_dataset: Any
     objective: Objective
+    head_kernel: str
     recorder: RunRecorder
     trust_region: TrustRegion
     watch: RunWatch

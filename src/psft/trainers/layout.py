@@ -1,13 +1,65 @@
-"""Which sequence a token belongs to, and what a loss is divided by, for any layout of a micro-batch."""
+"""Where a micro-batch's trained tokens are, which sequence each belongs to, and what a loss is divided by."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from psft.ops import IGNORE_INDEX
+
 LOSS_AGGREGATIONS = ("token_mean_global", "micro_batch_token_mean")
+
+
+@dataclass(frozen=True)
+class TrainedTokens:
+    """The N trained tokens of a micro-batch, row by row.
+
+    Positions are found once, where the labels are (for training on the CPU): on an accelerator `values[mask]` would
+    make the host wait, in every forward pass, to be told how many there are.
+
+    positions: (N,) int64, places in labels[:, 1:] read row by row. shape: (B, T - 1), of labels[:, 1:].
+    """
+
+    positions: Tensor
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, labels: Tensor, positions: Tensor | None = None) -> TrainedTokens:
+        """Those whose label, (B, T) not shifted, is not IGNORE_INDEX; `positions` where they are known."""
+        rows, length = labels.shape
+        if positions is None:
+            positions = (labels[:, 1:] != IGNORE_INDEX).flatten().nonzero()[:, 0]
+        return cls(positions, (rows, max(length - 1, 0)))
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, T - 1) bool, True = a trained token."""
+        return self.placed(torch.ones_like(self.positions, dtype=torch.bool))
+
+    def hidden_of(self, hidden: Tensor) -> Tensor:
+        """(N, H): of (B, T, H), the states that predict the tokens, each one place before its token."""
+        return hidden.flatten(0, 1).index_select(0, self._before)
+
+    def labels_of(self, labels: Tensor) -> Tensor:
+        """(N,): of (B, T) labels, not shifted, the tokens' own."""
+        return labels.flatten().index_select(0, self._before + 1)
+
+    def values_of(self, values: Tensor) -> Tensor:
+        """(N,): of (B, T - 1), the inverse of `placed`."""
+        return values.flatten().index_select(0, self.positions)
+
+    def placed(self, values: Tensor) -> Tensor:
+        """(B, T - 1) from (N,): zero elsewhere. The graph is kept, also where there is no token."""
+        empty = values.new_zeros(self.shape[0] * self.shape[1])
+        return empty.index_copy(0, self.positions, values).view(self.shape)
+
+    @property
+    def _before(self) -> Tensor:
+        """Places in (B, T), read row by row: each row is one longer than in (B, T - 1)."""
+        return self.positions + self.positions // max(self.shape[1], 1)
 
 
 def sequence_ids(micro_batch: dict[str, Any]) -> Tensor:

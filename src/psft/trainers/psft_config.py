@@ -186,6 +186,8 @@ class PSFTConfig(PSFTFields, trl.SFTConfig):  # type: ignore[misc]  # train_batc
                 self.max_tokens_per_micro_batch = 0
             if self.max_tokens_per_micro_batch < 1:
                 problems.append("max_tokens_per_micro_batch must be a number of tokens or auto")
+        if self.head_kernel not in ("auto", "torch", "trl"):
+            problems.append(f"head_kernel={self.head_kernel} must be auto, torch or trl")
         if self.sft_warmup_steps < 0:
             problems.append(f"sft_warmup_steps={self.sft_warmup_steps} must be 0 or more")
         if not self.sft_warmup_steps:

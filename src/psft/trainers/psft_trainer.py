@@ -18,13 +18,19 @@ from transformers.trainer_utils import EvalLoopOutput, seed_worker
 
 from psft.data.microbatch import ROW_NUMBERS, MiniBatchCollator, NumberedRows, empty_micro_batch
 from psft.errors import RequestError
-from psft.objectives import Objective, ObjectiveOutput, sft_loss
+from psft.objectives import Objective, resolve_objective, sft_loss
+from psft.ops import IGNORE_INDEX
+from psft.trainers.bound_objective import BoundObjective
 from psft.trainers.clipped_tokens import ClippedTokens
 from psft.trainers.cpu_sharding import sharding_on_cpu
 from psft.trainers.durable import DurableTrainer
 from psft.trainers.evaluation import token_mean_evaluation
-from psft.trainers.head import ScoredTokens, add_token_scoring
-from psft.trainers.layout import aggregation_normalizer, sequence_ids
+from psft.trainers.head import ADAPTER_ON_HEAD, ScoredTokens, add_token_scoring
+from psft.trainers.layout import (
+    TrainedTokens,
+    aggregation_normalizer,
+    sequence_ids,
+)
 from psft.trainers.loader import WindowLoader, WindowSampler
 from psft.trainers.psft_config import PSFTConfig
 from psft.trainers.recording import RunRecorder
@@ -39,6 +45,7 @@ from psft.trainers.safeguards import (
 )
 from psft.trainers.stop_signal import leave_signals_to_parent
 from psft.trainers.telemetry import StepTelemetry
+from psft.trainers.trl_kernel import choose_head_kernel
 from psft.trainers.trust_region import TrustRegion
 from psft.trainers.watching import RunWatch
 from psft.window import Schedule, Step, Window
@@ -90,11 +97,18 @@ class PSFTTrainer(DurableTrainer):
         args = PSFTConfig() if args is None else args
         refuse_request(args, train_dataset, kwargs.get("compute_loss_func"))
         self.objective = args.resolved_objective()
-        super().__init__(model, args, data_collator, train_dataset, *positional, **kwargs)
+        try:
+            super().__init__(model, args, data_collator, train_dataset, *positional, **kwargs)
+        except ValueError as error:
+            if "adapter to `lm_head`" in str(error):  # TRL's refusal; `add_token_scoring` has more of that kind
+                raise RequestError(ADAPTER_ON_HEAD) from error
+            raise
         refuse_model(self.model, args, has_router_loss=self.aux_loss_enabled)
-        self.reference = FrozenReference.of(self, ref_model)  # before the head below changes what is copied
         policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        add_token_scoring(policy, self.objective.vocabulary)
+        head_dtype = policy.get_output_embeddings().weight.dtype
+        self.head_kernel = choose_head_kernel(args.head_kernel, self.objective, args.device, head_dtype)
+        self.reference = FrozenReference.of(self, ref_model)  # before the head below changes what is copied
+        add_token_scoring(policy, self.head_kernel)
         if self.objective.needs_old_logps:
             switch_dropout_off(self.model)
             announce_plain_sft(args)
@@ -267,15 +281,26 @@ class PSFTTrainer(DurableTrainer):
         with torch.no_grad():
             for number, micro_batches in enumerate(window.mini_batches):
                 if number == 0 and not self._is_pass_checked:
-                    self._probe_logps = self._score(model, micro_batches[0]).logps
+                    self._probe_logps = self._score(model, micro_batches[0], score_tokens="logps").logps
                 if number > 0:
                     for i, micro_batch in enumerate(micro_batches):
-                        window.store_old_logps(number, i, self._score(model, micro_batch).logps)
+                        scored = self._score(model, micro_batch, score_tokens="logps")
+                        window.store_old_logps(number, i, scored.logps)
 
     def _score(self, model: nn.Module, micro_batch: dict[str, Any], **how: Any) -> ScoredTokens:
-        inputs = {name: value for name, value in micro_batch.items() if name != ROW_NUMBERS}
+        """Call the model on a micro-batch as `add_token_scoring` taught it; the default gives every statistic."""
         with self.compute_loss_context_manager():
-            return model(**self._prepare_inputs(inputs), **{"score_tokens": True, **how})
+            return model(**self._model_inputs(micro_batch), **{"score_tokens": "statistics", **how})
+
+    def _model_inputs(self, micro_batch: dict[str, Any]) -> dict[str, Any]:
+        """What the model is called with, on its device. All that has to be looked up in the data is, on the host."""
+        inputs = {name: value for name, value in micro_batch.items() if name != ROW_NUMBERS}
+        inputs["trained_positions"] = TrainedTokens.of(inputs["labels"]).positions
+        if self.args.device.type == "cuda":  # from pinned memory, so that no copy makes the host wait for the device
+            for name, value in inputs.items():
+                if isinstance(value, Tensor) and value.device.type == "cpu":
+                    inputs[name] = value.pin_memory().to(self.args.device, non_blocking=True)
+        return self._prepare_inputs(inputs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward, objective and backward over the micro-batches of one mini-batch. Returns the step's loss."""
@@ -288,25 +313,27 @@ class PSFTTrainer(DurableTrainer):
         for i, micro_batch in enumerate(micro_batches):
             is_last = i == len(micro_batches) - 1
             sync = contextlib.nullcontext() if is_last else self.accelerator.no_sync(model)
+            normalizer = aggregation_normalizer(
+                self.args.loss_aggregation,
+                micro_batch["labels"][:, 1:] != IGNORE_INDEX,
+                num_tokens=num_items_in_batch,
+                share=len(micro_batch[ROW_NUMBERS]) / num_rows,
+                world_size=self.args.world_size,
+            )
+            objective, old_logps = self._bound_objective(i, micro_batch, normalizer)
             with sync, self.maybe_activation_offload_context:
-                scored = self._score(model, micro_batch, **self._vocabulary(micro_batch))
+                scored = self._score(model, micro_batch, score_tokens="objective", objective=objective)
                 self._compare_passes(scored)
-                normalizer = aggregation_normalizer(
-                    self.args.loss_aggregation,
-                    scored.mask,
-                    num_tokens=num_items_in_batch,
-                    share=len(micro_batch[ROW_NUMBERS]) / num_rows,
-                    world_size=self.args.world_size,
-                )
-                output, old_logps = self._objective_output(i, micro_batch, scored, normalizer)
                 # DDP and FSDP average gradients over ranks; the sum is meant
-                loss = output.loss * self.args.world_size
+                loss = scored.loss * self.args.world_size
                 self.accelerator.gradient_state._set_sync_gradients(is_last)  # DeepSpeed steps inside a backward
                 self.accelerator.backward(loss)
             total += loss.detach()
             weight = normalizer / num_items_in_batch  # metrics are token means, however the loss is averaged
+            if old_logps is None and objective.objective.needs_old_logps:
+                old_logps = scored.logps  # the first mini-batch: its ratio is 1
             clipped = self._clipped(scored, old_logps)
-            telemetry.add(scored, old_logps, {name: x * weight for name, x in output.metrics.items()}, clipped)
+            telemetry.add(scored, old_logps, {name: x * weight for name, x in scored.metrics.items()}, clipped)
             if self.clipped_tokens is not None and clipped is not None and self._current_step.mini_batch > 1:
                 self.clipped_tokens.add(micro_batch, scored.mask, clipped, self._epoch + 1)
         self.recorder.loss_seen(telemetry, total)
@@ -319,55 +346,42 @@ class PSFTTrainer(DurableTrainer):
         clipped = self.trust_region.clipped(scored.logps.detach(), old_logps)
         return None if clipped is None else clipped & scored.mask
 
-    def _vocabulary(self, micro_batch: dict[str, Any]) -> dict[str, Any]:
-        """What the head is asked for beyond log-probs: arguments of `_score`."""
-        assert self._current_step is not None
-        if self._current_step.is_warmup or not self.objective.vocabulary:
-            return {}
-        reference = None
-        if self.objective.needs_ref_vocabulary:
-            assert self.reference is not None
-            reference = self.reference.logits(micro_batch)
-        return {"score_tokens": "quantities", "reference": reference}
-
     def _compare_passes(self, scored: ScoredTokens) -> None:
         """Once a run: what the old pass gave for this micro-batch at equal weights against what this pass gives."""
         if self._probe_logps is not None:
             check_passes_agree(self._probe_logps, scored, self.model, allow_noise=self.args.allow_ratio_noise)
             self._probe_logps, self._is_pass_checked = None, True
 
-    def _objective_output(
-        self, number: int, micro_batch: dict[str, Any], scored: ScoredTokens, normalizer: Tensor
-    ) -> tuple[ObjectiveOutput, Tensor | None]:
-        """The objective on micro-batch `number` of the step, and the old log-probs it was held against, if any."""
+    def _bound_objective(
+        self, number: int, micro_batch: dict[str, Any], normalizer: Tensor
+    ) -> tuple[BoundObjective, Tensor | None]:
+        """The objective for micro-batch `number` of the step, and the old log-probs it is held against, if stored."""
         assert self._current_step is not None and self._window is not None
         if self._current_step.is_warmup:
-            return sft_loss(scored.logps, scored.mask, normalizer=normalizer), None
-        quantities = {
-            "logps": scored.logps,
-            "entropies": scored.entropies,
-            "completion_mask": scored.mask,
-            "normalizer": normalizer,
-            **scored.quantities,
-        }
-        old_logps = None
-        if self.objective.needs_old_logps:
-            old_logps = self._window.old_logps(number)
-            if old_logps is None:
-                old_logps = scored.logps.detach()  # first mini-batch: the weights are the old policy's
-            quantities["old_logps"] = old_logps
-        if self.objective.needs_ref_logps:
+            return BoundObjective(resolve_objective("sft", {}), normalizer), None
+        objective, device = self.objective, self.args.device
+        constants: dict[str, Tensor] = {}
+        old_logps = self._window.old_logps(number) if objective.needs_old_logps else None
+        if old_logps is not None:
+            constants["old_logps"] = old_logps
+        if objective.needs_ref_logps:
             assert self.reference is not None
-            quantities["ref_logps"] = self.reference.target_logps(micro_batch[ROW_NUMBERS], scored.mask)
-        if "sequence_ids" in self.objective.needs:
-            quantities["sequence_ids"] = sequence_ids(micro_batch).to(scored.mask.device)
-        return self.objective(overrides=self.trust_region.overrides, **quantities), old_logps
+            mask = micro_batch["labels"][:, 1:] != IGNORE_INDEX
+            constants["ref_logps"] = self.reference.target_logps(micro_batch[ROW_NUMBERS], mask).to(device)
+        if "sequence_ids" in objective.needs:
+            constants["sequence_ids"] = sequence_ids(micro_batch).to(device)
+        reference = None
+        if objective.needs_ref_vocabulary:
+            assert self.reference is not None
+            reference = self.reference.logits(micro_batch)
+        overrides = self.trust_region.overrides
+        return BoundObjective(objective, normalizer, constants, reference, overrides), old_logps
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """NLL in nats per token of one padded batch, for predictions with `compute_metrics`; not for training."""
-        scored = self._score(model, inputs)
+        scored = self._score(model, inputs, score_tokens="logps")
         loss = sft_loss(scored.logps, scored.mask, normalizer=scored.mask.sum().clamp(min=1)).loss
         if not return_outputs:
             return loss

@@ -88,7 +88,7 @@ class FrozenReference:
         needs_scores = objective.needs_ref_logps and not has_column
         model = reference_model(trainer, ref_model, needs_scores=needs_scores, needs_vocabulary=needs_vocabulary)
         if model is not None:
-            add_token_scoring(base_of(model), ())
+            add_token_scoring(base_of(model), trainer.head_kernel)
             model.requires_grad_(False).eval()
         return cls(trainer, model, has_column=has_column)
 
@@ -130,20 +130,17 @@ class FrozenReference:
         return ReferenceLogits(rows.hidden, rows.weight, rows.bias, self._logit_scale, self._softcap)
 
     def target_logps(self, row_numbers: list[int], mask: Tensor) -> Tensor:
-        """(B, T) float32, nats: the reference's log-probs where `mask` is True, 0 elsewhere.
+        """(B, T) float32 on the CPU, nats: the reference's log-probs where `mask` is True, 0 elsewhere.
 
         Args:
             row_numbers: rows of the training set, in the order in which the micro-batch holds them.
-            mask: (B, T) bool, the trained tokens; a padding-free row holds the sequences one after another.
+            mask: (B, T) bool on the CPU, the trained tokens; a padding-free row holds the sequences one after another.
         """
         assert self._table is not None, "prepare() has not run"
         values = self._table.of(row_numbers)
-        has_each = mask.sum() == len(values)
-        if mask.is_cuda:
-            torch._assert_async(has_each)  # no host synchronisation
-        else:
-            assert has_each, f"{len(values)} reference log-probs for {mask.sum()} trained tokens"
-        return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values.to(mask.device))
+        num_tokens = int(mask.sum())
+        assert num_tokens == len(values), f"{len(values)} reference log-probs for {num_tokens} trained tokens"
+        return torch.zeros(mask.shape).masked_scatter(mask, values)
 
     def state(self) -> dict[str, Any] | None:
         """The reference's weights by name, or None where no rank has them whole. To be called on every rank.

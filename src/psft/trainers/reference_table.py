@@ -116,6 +116,7 @@ def _cache_path_and_lengths(reference: FrozenReference) -> tuple[Path | None, Te
         attention=config._attn_implementation,
         mixed_precision=trainer.accelerator.mixed_precision,
         matmul_precision=torch.get_float32_matmul_precision(),
+        head_kernel=trainer.head_kernel,
     )
     named = trainer.args.ref_cache_dir
     folder = cache_folder() / "ref_logps" if named is None else Path(named).expanduser()
@@ -159,7 +160,7 @@ def _scored_rows(reference: FrozenReference, lengths: list[int]) -> list[tuple[i
     with reference.frozen() as model:
         for i in tqdm(shares, desc="reference log-probs", delay=2, leave=False, disable=is_quiet):
             (micro_batch,) = collate(dataset.__getitems__(groups[min(i, len(groups) - 1)]))["micro_batches"]
-            scored = trainer._score(model, micro_batch)
+            scored = trainer._score(model, micro_batch, score_tokens="logps")
             if i >= len(groups):
                 continue
             numbers = micro_batch[ROW_NUMBERS]
