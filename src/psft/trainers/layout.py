@@ -62,6 +62,17 @@ class TrainedTokens:
         return self.positions + self.positions // max(self.shape[1], 1)
 
 
+def hides_right_padding_only(attention_mask: Tensor | None) -> bool:
+    """Whether a causal model computes the same without the mask: (B, T), ones and then zeros in every row.
+
+    No token looks at what comes after it, so none sees the padding. Without a mask attention takes its fast causal way,
+    and nobody has to ask the device whether the mask holds a zero. A mask on an accelerator is left alone.
+    """
+    if attention_mask is None or attention_mask.device.type != "cpu" or attention_mask.dim() != 2:
+        return False
+    return bool(attention_mask[:, :1].all()) and not bool((attention_mask.diff(dim=1) > 0).any())
+
+
 def sequence_ids(micro_batch: dict[str, Any]) -> Tensor:
     """(B, T - 1) int64, aligned with labels[:, 1:]: the number of each target token's sequence within the micro-batch.
 

@@ -29,6 +29,7 @@ from psft.trainers.head import ADAPTER_ON_HEAD, ScoredTokens, add_token_scoring
 from psft.trainers.layout import (
     TrainedTokens,
     aggregation_normalizer,
+    hides_right_padding_only,
     sequence_ids,
 )
 from psft.trainers.loader import WindowLoader, WindowSampler
@@ -296,6 +297,8 @@ class PSFTTrainer(DurableTrainer):
         """What the model is called with, on its device. All that has to be looked up in the data is, on the host."""
         inputs = {name: value for name, value in micro_batch.items() if name != ROW_NUMBERS}
         inputs["trained_positions"] = TrainedTokens.of(inputs["labels"]).positions
+        if hides_right_padding_only(inputs.get("attention_mask")):
+            del inputs["attention_mask"]
         if self.args.device.type == "cuda":  # from pinned memory, so that no copy makes the host wait for the device
             for name, value in inputs.items():
                 if isinstance(value, Tensor) and value.device.type == "cpu":
