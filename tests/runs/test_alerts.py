@@ -2,6 +2,7 @@
 
 import math
 import random
+import statistics
 
 import pytest
 
@@ -136,3 +137,23 @@ def test_drift_over_the_budget_counts_two_standard_errors_below_it():
     assert (alert.name, alert.step) == ("drift", 100) and "0.080 +- 0.010" in alert.message
     assert watch.probed({**row, "drift_nats_per_token": 0.2}) == []  # once each
     assert Watch().probed({**row, "drift_nats_per_token": 9.0}) == []
+
+
+def test_a_spike_is_found_where_the_plain_rule_finds_it():
+    """Goes red if the shortcut before the median passes over a spike, or the floor is not lowered by a smaller norm."""
+    noise = random.Random(0)
+    for _ in range(200):
+        norms = [math.exp(noise.gauss(0, noise.choice([0.1, 0.8, 1.5]))) for _ in range(120)]
+        norms[noise.randrange(120)] = 0.0
+        plain = next(
+            (
+                i + 1
+                for i, norm in enumerate(norms)
+                if i >= 10 and norm > 10 * statistics.median(norms[max(0, i - 50) : i]) > 0
+            ),
+            None,
+        )
+        watch = Watch()
+        for i, norm in enumerate(norms):
+            watch.metrics({"step": i + 1, "grad_norm": norm})
+        assert [alert.step for alert in watch.said] == ([] if plain is None else [plain])

@@ -55,9 +55,8 @@ class Watch:
     def metrics(self, row: Mapping[str, Any]) -> list[Alert]:
         """Take in a row of metrics.jsonl."""
         self._overfit.trained(row)
-        return self._new(
-            [self._clip.says(row), self._spikes.says(row), self._sawtooth.says(row)], step=int(row.get("step", 0))
-        )
+        said = (self._clip.says(row), self._spikes.says(row), self._sawtooth.says(row))
+        return [] if said == (None, None, None) else self._new(said, step=int(row.get("step", 0)))
 
     def evaluated(self, row: Mapping[str, Any]) -> list[Alert]:
         """Take in a row of eval.jsonl."""
@@ -125,12 +124,16 @@ class _SpikeWatch:
     """Gradient norms far above what they were."""
 
     _norms: deque[float] = field(default_factory=lambda: deque(maxlen=SPIKE_STEPS))
+    _floor: float = math.inf  # no norm of `_norms` is below it, so neither is their median, which takes long to find
 
     def says(self, row: Mapping[str, Any]) -> tuple[str, str] | None:
         norm = row.get("grad_norm")
         if norm is None or not math.isfinite(norm):
             return None
-        usual = statistics.median(self._norms) if len(self._norms) >= _LEAST_SPIKE_STEPS else None
+        usual = None
+        if norm > SPIKE_FACTOR * self._floor and len(self._norms) >= _LEAST_SPIKE_STEPS:
+            usual, self._floor = statistics.median(self._norms), min(self._norms)
+        self._floor = min(self._floor, norm)
         self._norms.append(norm)
         if usual is None or not norm > SPIKE_FACTOR * usual > 0:
             return None
