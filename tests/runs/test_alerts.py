@@ -140,7 +140,7 @@ def test_drift_over_the_budget_counts_two_standard_errors_below_it():
 
 
 def test_a_spike_is_found_where_the_plain_rule_finds_it():
-    """Goes red if the shortcut before the median passes over a spike, or the floor is not lowered by a smaller norm."""
+    """Goes red if the floor below which no median is looked for is not lowered by a smaller norm."""
     noise = random.Random(0)
     for _ in range(200):
         norms = [math.exp(noise.gauss(0, noise.choice([0.1, 0.8, 1.5]))) for _ in range(120)]

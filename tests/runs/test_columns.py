@@ -17,8 +17,8 @@ ROWS = [
 
 
 def write(folder, lines):
-    (folder / "metrics.jsonl").write_bytes(b"".join(line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n"
-                                                    for line in lines))  # fmt: skip
+    encoded = (line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n" for line in lines)
+    (folder / "metrics.jsonl").write_bytes(b"".join(encoded))
     return RunFolder(folder)
 
 
