@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("psft.cli.train", "fine-tune a model on demonstrations"),
     "plan": ("psft.cli.plan", "dry run: settings, steps, data, memory and time, without weights"),
     "recipes": ("psft.cli.recipes", "list the recipes, or print one"),
+    "report": ("psft.cli.report", "one-file HTML, figures and tables from run folders, also while a run goes on"),
     "quickstart": ("psft.cli.quickstart", "train the bundled small model on this machine and show before and after"),
 }
 """Command -> its module and what it does. A table, so that listing the commands imports none of them."""

@@ -9,3 +9,8 @@ axes, svg, plot     the same figures drawn into the page and as PNG and PDF
 provenance, page    settings, data, versions; the HTML
 tables, write       CSV; all of it into a folder
 """
+
+from psft.reports.load import find_runs
+from psft.reports.write import Written, write_report
+
+__all__ = ["Written", "find_runs", "write_report"]
