@@ -1,9 +1,11 @@
-"""`psft quickstart`: the quickstart recipe, with a table of before and after at the end."""
+"""`psft quickstart`: the quickstart recipe, with a table of before and after and a report at the end."""
 
 from __future__ import annotations
 
 import logging
 from typing import Any
+
+from psft.cli.main import COMMANDS
 
 HELP = "train the bundled small model on this machine and show before and after"
 NUM_PROBLEMS = 32
@@ -15,6 +17,7 @@ def run(argv: list[str]) -> int:
     from psft.cli.train import named_sources, prepare_run, read_request
     from psft.data.demonstrations import read_demonstrations
     from psft.evaluation.greedy import GreedyAnswers, greedy_answers
+    from psft.reports.write import write_report
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     request = read_request(["quickstart", *argv], command="quickstart")
@@ -45,10 +48,11 @@ def run(argv: list[str]) -> int:
     measure("after")
     summary = trainer.recorder.write_summary()
     print(_table(summary, len(problems)))
-    print(
-        f"\nTrained {summary['steps']} steps in {summary['wall_time_s']:.0f} s. "
-        f"Everything is in {trainer.args.output_dir}"
-    )
+    folder = trainer.recorder.folder.path
+    print(f"\nTrained {summary['steps']} steps in {summary['wall_time_s']:.0f} s. Everything is in {folder}")
+    if trainer.is_world_process_zero():
+        report = write_report([folder], folder / "report", commands=COMMANDS)
+        print(f"What the run did, as a page: {report.page}")
     return 0
 
 
