@@ -40,8 +40,9 @@ def test_a_run_is_that_of_the_plain_loop(form, run_of, make_tiny_model, demonstr
     loader.set_epoch(0)
     want = plain_train(
         make_tiny_model().double(), list(demonstrations), objective=form.split("-")[0], settings=FORMS[form],
-        train_batch_size=16, mini_batch_size=4, learning_rate=1e-2, num_steps=8, order=list(loader.batch_sampler),
-        max_grad_norm=0.5, weight_decay=0.1,
+        train_batch_size=16, mini_batch_size=4, learning_rate=1e-2, num_steps=8,
+        order=list(loader.batch_sampler.mini_batches()), max_grad_norm=0.5,
+        weight_decay=0.1,
     )  # fmt: skip
     assert len(rows) == len(want) == 8
     for got, plain in zip(rows, want, strict=True):

@@ -75,7 +75,7 @@ def runs(tmp_path_factory, tiny_model_path):
     folder = tmp_path_factory.mktemp("processes")
     generator = torch.Generator().manual_seed(1)
     data = []
-    for _ in range(32):
+    for _ in range(29):  # the eighth step has one row: a rank is left without
         prompt = int(torch.randint(2, 9, (), generator=generator))
         ids = torch.randint(3, 400, (prompt + int(torch.randint(1, 24, (), generator=generator)),), generator=generator)
         data.append({"input_ids": ids.tolist(), "labels": [-100] * prompt + ids.tolist()[prompt:]})
@@ -88,16 +88,18 @@ def runs(tmp_path_factory, tiny_model_path):
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "verl"])
 def test_two_processes_have_the_losses_and_gradients_of_one(runs, form):
     """Goes red if a rank divides by its own tokens, if ranks draw the same rows, if metrics are one rank's only, if
-    reference log-probs are those of another rank's rows, or if ranks move their bound apart."""
+    reference log-probs are those of another rank's rows, if ranks move their bound apart, or if a rank without rows
+    of its own trains the one it borrows."""
     one, two = runs[form]
     assert len(one) == len(two) == 8 + 2
     fields = "loss nll entropy grad_norm clip_fraction token_weight log_ratio_abs_max epsilon_high tokens value".split()
     for single, double in zip(one, two, strict=True):
         for field in [*fields, *(name for name in single if name.startswith("kl_ref"))]:
             if single.get(field) is not None:
-                # a difference of two rounded log-probs: its rounding is absolute, a few 1e-6 nats after 8 steps
+                # a difference of two rounded log-probs: its rounding is absolute, a few 1e-6 nats after 8 steps;
+                # the eighth step's gradient is that of one row in float32
                 allowed = 1e-5 if field == "log_ratio_abs_max" else 1e-6
-                assert double[field] == pytest.approx(single[field], rel=2e-5, abs=allowed), (field, single, double)
+                assert double[field] == pytest.approx(single[field], rel=5e-5, abs=allowed), (field, single, double)
 
 
 def test_the_mean_of_micro_batches_is_averaged_over_ranks(runs):

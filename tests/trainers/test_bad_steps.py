@@ -23,6 +23,8 @@ def spoiled(logps, completion_mask, *, normalizer, at=(2,), what="nan", _count=[
 def spoiled(make_trainer, tmp_path, monkeypatch):
     """spoiled(name, at, what, **settings) -> trainer whose loss is multiplied by `what` at the calls `at`."""
     monkeypatch.syspath_prepend(tmp_path)
+    # one micro-batch a step, so that calls are steps
+    monkeypatch.setattr("psft.trainers.psft_trainer.CPU_OVERHEAD_TOKENS", 4096)
 
     def make(name, at, what="nan", **settings):
         module = f"spoiler_{uuid.uuid4().hex}"  # a module of its own counts its own calls
@@ -56,7 +58,7 @@ def test_a_bad_step_changes_no_weight_and_no_moment_and_its_rows_are_named(spoil
     rows = rows_of(trainer)
     assert [row["loss"] is None for row in rows] == [False, False, True]
     (bad,) = json.loads((Path(trainer.args.output_dir) / "run.json").read_text())["bad_steps"]
-    order = list(trainer.get_train_dataloader().batch_sampler)
+    order = list(trainer.get_train_dataloader().batch_sampler.mini_batches())
     assert bad["step"] == 3 and bad["rows"] == sorted(order[2])
 
 

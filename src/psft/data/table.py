@@ -32,7 +32,8 @@ def dataset_digest(dataset: Any) -> str:
 
 def row_lengths(dataset: Any) -> list[int]:
     """Tokens of every row."""
-    if not (hasattr(dataset, "with_format") and hasattr(dataset, "column_names")):
+    is_arrow = hasattr(dataset, "select_columns") and "input_ids" in dataset.column_names
+    if not is_arrow:  # plain rows, or rows that are made as they are read
         return [len(dataset[number]["input_ids"]) for number in range(len(dataset))]
     import pyarrow.compute as pc
 

@@ -2,33 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from psft.data.microbatch import Cut, deal_and_cut
+from psft.errors import RequestError
 from psft.window import Schedule, Step
 
+Layout = list[list[int]]
+"""Row numbers of each micro-batch of a mini-batch, of one rank."""
 
-class WindowSampler(Sampler[list[int]]):
-    """Yield, for each optimizer step of an epoch, the row numbers of this rank.
+
+class WindowSampler(Sampler[Layout]):
+    """Yield, for each optimizer step of an epoch, the row numbers of this rank's micro-batches.
 
     The order of an epoch is a permutation drawn from (seed, epoch) alone: the same on every rank and after a restart,
-    whatever else consumes random numbers. Ranks take every world_size-th row of a mini-batch, so together they hold
-    the rows one process would.
+    whatever else consumes random numbers. The ranks share the rows of a mini-batch as `deal_and_cut` says, so together
+    they hold the rows one process would.
+
+    It runs in the main process, before workers read anything, so both passes of a window see one cut.
+
+    Args:
+        lengths: tokens of every row of the training set.
+        cut: how mini-batches are cut from now on; may be replaced between epochs.
     """
 
-    def __init__(self, schedule: Schedule, *, seed: int, is_shuffled: bool, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        *,
+        lengths: Sequence[int],
+        cut: Cut,
+        seed: int,
+        is_shuffled: bool,
+        rank: int,
+        world_size: int,
+    ) -> None:
         self.schedule = schedule
+        self.lengths = lengths
+        self.cut = cut
         self.seed = seed
         self.is_shuffled = is_shuffled
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
+        self._kept: dict[tuple[int, int], Layout] = {}
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+
+    def keep(self, epoch: int, layouts: Mapping[int, Layout]) -> None:
+        """Cut these steps of `epoch` (0-based) as an open window of a checkpoint was cut, whatever `cut` says now."""
+        self._kept = {(epoch, step): [group for group in layout if group] for step, layout in layouts.items()}
 
     def __len__(self) -> int:
         return self.schedule.max_steps_per_epoch
@@ -37,13 +65,30 @@ class WindowSampler(Sampler[list[int]]):
         """The optimizer steps of the current epoch."""
         return self.schedule.epoch(self.epoch)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def mini_batches(self) -> Iterator[list[int]]:
+        """The rows of each optimizer step of the current epoch, of all ranks."""
         order = list(range(self.schedule.num_rows))
         if self.is_shuffled:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
             order = torch.randperm(len(order), generator=generator).tolist()
         for step in self.steps():
-            yield order[step.start : step.stop][self.rank :: self.world_size]
+            yield order[step.start : step.stop]
+
+    def __iter__(self) -> Iterator[Layout]:
+        """Raises RequestError: a row over a hard cap, or a kept layout that holds other rows than the step."""
+        for number, rows in enumerate(self.mini_batches()):
+            kept = self._kept.get((self.epoch, number))
+            if kept:
+                _check_rows(kept, rows)
+            yield kept or deal_and_cut(rows, self.lengths, self.cut, rank=self.rank, world_size=self.world_size)
+
+
+def _check_rows(layout: Layout, rows: list[int]) -> None:
+    if not {row for group in layout for row in group} <= set(rows):
+        raise RequestError(
+            "the rest of the open window cannot be drawn again as it was: its rows belong to other steps now. "
+            "Go on from the next window on with --allow_changed batch_sizes."
+        )
 
 
 class WindowLoader(DataLoader[Any]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -16,7 +17,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, seed_worker
 
-from psft.data.microbatch import ROW_NUMBERS, MiniBatchCollator, NumberedRows, empty_micro_batch
+from psft.data.microbatch import (
+    ACCELERATOR_OVERHEAD_TOKENS,
+    CPU_OVERHEAD_TOKENS,
+    ROW_NUMBERS,
+    Cut,
+    MiniBatchCollator,
+    NumberedRows,
+    empty_micro_batch,
+)
+from psft.data.table import row_lengths
 from psft.errors import RequestError
 from psft.objectives import Objective, resolve_objective, sft_loss
 from psft.ops import IGNORE_INDEX
@@ -32,11 +42,10 @@ from psft.trainers.layout import (
     hides_right_padding_only,
     sequence_ids,
 )
-from psft.trainers.loader import WindowLoader, WindowSampler
+from psft.trainers.loader import Layout, WindowLoader, WindowSampler
 from psft.trainers.psft_config import PSFTConfig
 from psft.trainers.recording import RunRecorder
 from psft.trainers.reference import FrozenReference
-from psft.trainers.resume import check_layout
 from psft.trainers.safeguards import (
     announce_plain_sft,
     check_passes_agree,
@@ -119,6 +128,7 @@ class PSFTTrainer(DurableTrainer):
         is_tracked = args.track_clipped_tokens and self.trust_region.radius_name is not None
         self.clipped_tokens = ClippedTokens(self) if is_tracked else None
         self._window: Window | None = None
+        self._left: tuple[list[Step], list[Layout], dict[Any, Tensor]] | None = None
         self._current_step: Step | None = None
         self._epoch_steps: deque[Step] = deque()
         self._probe_logps: Tensor | None = None
@@ -142,23 +152,34 @@ class PSFTTrainer(DurableTrainer):
             warmup_mini_batch_size=args.sft_warmup_mini_batch_size,
         )
 
+    @functools.cached_property
+    def row_lengths(self) -> list[int]:
+        """Tokens of every row of the training set."""
+        return row_lengths(self.train_dataset)
+
+    def cut(self) -> Cut:
+        """How mini-batches are cut into micro-batches."""
+        cap, is_cpu = self.args.max_tokens_per_micro_batch, self.args.device.type == "cpu"
+        return Cut(
+            self.args.auto_tokens_per_micro_batch if cap == "auto" else int(cap),
+            is_hard=cap != "auto",
+            is_padded=not self.padding_free,
+            overhead_tokens=CPU_OVERHEAD_TOKENS if is_cpu else ACCELERATOR_OVERHEAD_TOKENS,
+        )
+
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """The rank's rows, one mini-batch an item, cut into micro-batches in the loader's workers."""
+        """The rank's rows, one mini-batch an item, cut into micro-batches and collated once for both passes."""
         args = self.args
         sampler = WindowSampler(
             self.schedule(),
+            lengths=self.row_lengths,
+            cut=self.cut(),
             seed=args.data_seed if args.data_seed is not None else args.seed,
             is_shuffled=args.train_sampling_strategy == "random",
             rank=args.process_index,
             world_size=args.world_size,
         )
         dataset: Any = NumberedRows(self._remove_unused_columns(self.train_dataset, description="training"))
-        collate = MiniBatchCollator(
-            self.data_collator,
-            max_tokens=args.max_tokens_per_micro_batch,
-            auto_tokens=args.auto_tokens_per_micro_batch,
-            is_padded=not self.padding_free,
-        )
         workers = args.dataloader_num_workers
 
         def start_worker(worker: int) -> None:
@@ -168,7 +189,7 @@ class PSFTTrainer(DurableTrainer):
         return WindowLoader(
             dataset,
             batch_sampler=sampler,
-            collate_fn=collate,
+            collate_fn=MiniBatchCollator(self.data_collator),
             num_workers=workers,
             pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=args.dataloader_persistent_workers,
@@ -214,6 +235,10 @@ class PSFTTrainer(DurableTrainer):
         self._steps_in_epoch = kwargs["steps_trained_in_current_epoch"] if is_resumed else 0
         self._epoch_steps = deque(loader.window_sampler.steps()[self._steps_in_epoch :])
         self._window = None
+        self._left = self._rest_of_window() if is_resumed else None
+        if self._left is not None:
+            steps = range(self._steps_in_epoch, self._steps_in_epoch + len(self._left[0]))
+            loader.window_sampler.keep(self._epoch, dict(zip(steps, self._left[1], strict=True)))
         if self.reference is not None:
             self.reference.prepare()
         self.watch.begins()
@@ -242,9 +267,9 @@ class PSFTTrainer(DurableTrainer):
         return [{"micro_batches": micro_batches, "num_input_tokens": num_input_tokens}], normalizer
 
     def _open_window(self, epoch_iterator: Iterator[Any]) -> Window:
-        left = self._rest_of_window()
+        left, self._left = self._left, None
         if left is not None:
-            steps, rows, old_logps = left
+            steps, _, old_logps = left
         else:
             first = self._epoch_steps[0]
             steps_left = self.state.max_steps - self.state.global_step
@@ -257,7 +282,6 @@ class PSFTTrainer(DurableTrainer):
         self._num_input_tokens = deque(batch["num_input_tokens"] for batch in batches)
         mini_batches = self._in_step([batch["micro_batches"] for batch in batches])
         if left is not None:
-            check_layout(rows, mini_batches)
             return Window.resumed(steps, mini_batches, old_logps)
         window = Window(steps, mini_batches)
         if self.objective.needs_old_logps and len(steps) > 1:
@@ -320,7 +344,7 @@ class PSFTTrainer(DurableTrainer):
                 self.args.loss_aggregation,
                 micro_batch["labels"][:, 1:] != IGNORE_INDEX,
                 num_tokens=num_items_in_batch,
-                share=len(micro_batch[ROW_NUMBERS]) / num_rows,
+                share=len(micro_batch[ROW_NUMBERS]) / max(num_rows, 1),
                 world_size=self.args.world_size,
             )
             objective, old_logps = self._bound_objective(i, micro_batch, normalizer)

@@ -127,7 +127,8 @@ def _rows(trainer: PSFTTrainer) -> Iterator[dict[str, Any]]:
     """Every row of the training set as the collator gets it."""
     dataset = _numbered(trainer)
     for start in range(0, len(dataset), _ROWS_AT_A_TIME):
-        for row in dataset.__getitems__(list(range(start, min(start + _ROWS_AT_A_TIME, len(dataset))))):
+        (rows,) = dataset.__getitems__([list(range(start, min(start + _ROWS_AT_A_TIME, len(dataset))))])
+        for row in rows:
             yield {name: value for name, value in row.items() if name != ROW_NUMBER}
 
 
@@ -148,24 +149,21 @@ def _scored_rows(reference: FrozenReference, lengths: list[int]) -> list[tuple[i
             "model it started from with ref_model_name_or_path."
         )
     reference.place()
-    cap = args.max_tokens_per_micro_batch
-    cap = max([args.auto_tokens_per_micro_batch, *lengths]) if cap == "auto" else int(cap)
-    is_padded = not trainer.padding_free
-    collate = MiniBatchCollator(trainer.data_collator, max_tokens=cap, auto_tokens=cap, is_padded=is_padded)
-    dataset = _numbered(trainer)
-    groups = cut_by_tokens(lengths, cap, is_padded=is_padded)
+    cut = trainer.cut()
+    collate, dataset = MiniBatchCollator(trainer.data_collator), _numbered(trainer)
+    groups = cut_by_tokens(lengths, cut)
     shares = range(args.process_index, len(groups) + args.process_index, args.world_size)
     is_quiet = bool(args.disable_tqdm) or not trainer.is_world_process_zero()
     rows: list[tuple[int, Tensor]] = []
     with reference.frozen() as model:
         for i in tqdm(shares, desc="reference log-probs", delay=2, leave=False, disable=is_quiet):
-            (micro_batch,) = collate(dataset.__getitems__(groups[min(i, len(groups) - 1)]))["micro_batches"]
+            (micro_batch,) = collate(dataset.__getitems__([groups[min(i, len(groups) - 1)]]))["micro_batches"]
             scored = trainer._score(model, micro_batch, score_tokens="logps")
             if i >= len(groups):
                 continue
             numbers = micro_batch[ROW_NUMBERS]
             values, mask = scored.logps[scored.mask].float().cpu(), scored.mask.cpu()
-            if not is_padded:  # one row of all sequences; the mask lacks the very first token
+            if not cut.is_padded:  # one row of all sequences; the mask lacks the very first token
                 widths = [lengths[number] for number in numbers]
                 widths[0] -= 1
                 mask = nn.utils.rnn.pad_sequence(mask[0, : sum(widths)].split(widths), batch_first=True)

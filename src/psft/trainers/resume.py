@@ -249,13 +249,3 @@ def _difference(before: Any, now: Any) -> str:
 
 def _window_file(rank: int) -> str:
     return f"psft_window-rank{rank}.safetensors"
-
-
-def check_layout(rows: list[list[list[int]]], mini_batches: list[list[dict[str, Any]]]) -> None:
-    """Raise `RequestError` unless the mini-batches drawn anew are those the checkpoint's window holds."""
-    drawn = [[list(micro_batch["row_numbers"]) for micro_batch in mini_batch] for mini_batch in mini_batches]
-    if drawn != rows:
-        raise RequestError(
-            "the rest of the open window cannot be drawn again as it was: its rows fall into other micro-batches now. "
-            "Give the same max_tokens_per_micro_batch and data collator, or --allow_changed batch_sizes."
-        )

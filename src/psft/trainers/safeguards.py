@@ -10,7 +10,6 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 
-from psft.data.table import row_lengths
 from psft.errors import RequestError
 from psft.trainers.head import ScoredTokens
 from psft.trainers.psft_config import PSFTConfig
@@ -65,7 +64,7 @@ def check_longest_row(trainer: Any) -> None:
     cap = trainer.args.max_tokens_per_micro_batch
     if cap == "auto":
         return
-    longest, number = max(((length, -i) for i, length in enumerate(row_lengths(trainer.train_dataset))))
+    longest, number = max(((length, -i) for i, length in enumerate(trainer.row_lengths)))
     if longest > cap:
         raise RequestError(
             f"max_tokens_per_micro_batch={cap} is a hard cap, but a training sequence has {longest} tokens "
