@@ -26,6 +26,7 @@ SAME = {"psft": {}, "sft_kl": {"objective": "sft_kl"}}
 RESUMED = {"psft": 6, "sft_kl-k3": 9}
 """Runs that are cut and resumed, and the step of the checkpoint: 2 of 4 mini-batches into a window, and 1 of 4."""
 BAD = {"objective": "train_runs:spoiled", "objective_settings": {"at": 5}, "eval_strategy": "no"}
+MEASURED = {"max_tokens_per_micro_batch": "auto", "measured": True, "float64": True}
 TIMINGS = {"tokens_per_second", "peak_memory_bytes"}
 
 
@@ -39,7 +40,7 @@ def start(folder, model, rows, engine, runs):
     ]  # fmt: skip
     command = [sys.executable, *launcher, str(SCRIPT), str(model), str(rows), str(where), str(where / "runs.json")]
     on_cpu = {"DS_ACCELERATOR": "cpu"} if engine.startswith("zero") else {"ACCELERATE_USE_CPU": "true"}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **on_cpu}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PSFT_CACHE": str(folder / "cache"), **on_cpu}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -73,7 +74,7 @@ def trained(tmp_path_factory, tiny_model_path):
         if engine == "one":
             runs |= {"psft-float32": {}, "sft_kl-float32": named}
         elif engine in SHARDED:
-            runs |= {**resumed_runs(folder / f"{engine}-cache"), "bad": BAD}
+            runs |= {**resumed_runs(folder / f"{engine}-cache"), "bad": BAD, "measured": MEASURED}
         else:
             runs = {"psft-float32": {}, "sft_kl-float32": named, **resumed_runs(folder / f"{engine}-cache"), "bad": BAD}
         if not (folder / engine).exists():
@@ -134,6 +135,15 @@ def test_two_processes_have_the_losses_and_gradients_of_one_to_a_millionth(train
     one, two = trained("one") / run, trained(engine) / run
     assert facts_of(two)["model"] == SHARDED[engine]
     assert_same_run(one, two, 1e-6)
+
+
+@pytest.mark.parametrize("engine", SHARDED)
+def test_measuring_the_cap_leaves_no_trace_in_several_processes(trained, engine):
+    """Goes red if a rehearsal is counted by DDP, leaves a shard's gradient behind, or if ranks find different caps."""
+    folder = trained(engine) / "measured"
+    cap = json.loads((folder / "run.json").read_text())["micro_batch_cap"]
+    assert cap["source"] == "measured" and cap["tokens"] == 2 * cap["measured"]["row_tokens"]
+    assert_same_run(trained("one") / "psft", folder, 1e-6)
 
 
 @pytest.mark.parametrize("engine", SHARDED)

@@ -37,7 +37,7 @@ FORMS = {
     "iw_sft": {"objective": "iw_sft"}, "asft": {"objective": "asft"}, "eaft": {"objective": "eaft"},
     "chord_phi": {"objective": "chord_phi"},
     "verl": {"loss_aggregation": "micro_batch_token_mean", "max_tokens_per_micro_batch": 4096, "objective": "sft"},
-    "controlled": {"target_clip_fraction": 0.05},
+    "controlled": {"target_clip_fraction": 0.05}, "auto": {"max_tokens_per_micro_batch": "auto"},
 }  # fmt: skip
 
 

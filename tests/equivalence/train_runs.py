@@ -2,8 +2,9 @@
 
     python train_runs.py MODEL ROWS.json FOLDER RUNS.json
 
-RUNS: {name: settings of PSFTConfig}. Two more settings: "float64" trains such weights; "cut_of" = [name, step] goes on
-with that run from its checkpoint of that step. FOLDER/NAME gets the run folder, the final model, for each rank how many
+RUNS: {name: settings of PSFTConfig}. Three more settings: "float64" trains such weights; "measured" measures the cap of
+micro-batches, on a device that is never full; "cut_of" = [name, step] goes on with that run from its checkpoint of that
+step. FOLDER/NAME gets the run folder, the final model, for each rank how many
 micro-batches it had of its own (counts-RANK.json), and what rank 0 was given back (facts.json).
 """
 
@@ -16,6 +17,9 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from trainers.fake_device import FakeDevice
 
 from psft import PSFTConfig, PSFTTrainer
 from psft.models import load_model, load_tokenizer
@@ -53,6 +57,7 @@ def cut(folder: Path, name: str, source: str, step: int) -> None:
 
 def train(model_path: str, data: Dataset, folder: Path, name: str, settings: dict) -> None:
     is_float64, of = settings.pop("float64", False), settings.pop("cut_of", None)
+    is_measured = settings.pop("measured", False)
     args = PSFTConfig(output_dir=str(folder / name), resume=of is not None, **{**DEFAULTS, **settings})
     if of is not None:
         if args.process_index == 0:
@@ -62,6 +67,8 @@ def train(model_path: str, data: Dataset, folder: Path, name: str, settings: dic
     model = load_model(model_path)
     trainer = Counting(model.double() if is_float64 else model, args, None, data, data, load_tokenizer(model_path))
     trainer.counts = []
+    if is_measured:
+        trainer.micro_batch_cap.meter = FakeDevice(10**9)
     result = trainer.train()
     trainer.save_model()
     (folder / name / f"counts-{args.process_index}.json").write_text(json.dumps(trainer.counts))

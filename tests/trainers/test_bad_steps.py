@@ -24,7 +24,7 @@ def spoiled(make_trainer, tmp_path, monkeypatch):
     """spoiled(name, at, what, **settings) -> trainer whose loss is multiplied by `what` at the calls `at`."""
     monkeypatch.syspath_prepend(tmp_path)
     # one micro-batch a step, so that calls are steps
-    monkeypatch.setattr("psft.trainers.psft_trainer.CPU_OVERHEAD_TOKENS", 4096)
+    monkeypatch.setattr("psft.trainers.micro_batch_cap.CPU_OVERHEAD_TOKENS", 4096)
 
     def make(name, at, what="nan", **settings):
         module = f"spoiler_{uuid.uuid4().hex}"  # a module of its own counts its own calls

@@ -95,6 +95,8 @@ def run(argv: list[str]) -> int:
         from psft.data import render_example
 
         print("\n" + _indent(_shortened(render_example(found.prepared, found.tokenizer))))
+    _heading("Micro-batches")
+    _table(_micro_batches(found, model, launch, settings, objective))
     _heading("Memory and time (a rough estimate from sizes, not a measurement)")
     print("\n".join(_costs(architecture, found, model, settings, objective)))
     notes = _notes(data, model, settings, objective, found, architecture)
@@ -279,6 +281,19 @@ def _data_facts(found: _Data, data: Any, settings: Any) -> list[tuple[str, str]]
     if report.num_rejected:
         facts.append(("rejected", ", ".join(f"{count} x {reason}" for reason, count in report.reasons.items())))
     return facts
+
+
+def _micro_batches(
+    found: _Data, model: Any, launch: LaunchArguments, settings: Any, objective: Objective
+) -> list[tuple[str, str]]:
+    from psft.cli.plan_batches import micro_batch_facts
+    from psft.data.table import row_lengths
+    from psft.models.resolve import local_folder
+
+    lengths = None if found.prepared is None else row_lengths(found.prepared.dataset)
+    name = model.model_name_or_path
+    folder = None if name is None else local_folder(name, model.model_revision)
+    return micro_batch_facts(lengths, folder, settings, objective, num_ranks=launch.num_processes or 1)
 
 
 def _costs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,24 +114,32 @@ def from_config(path: Path | str) -> Architecture | None:
     path = Path(path)
     path = path / "config.json" if path.is_dir() else path
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if config.get("model_type") not in _MODEL_TYPES or config.get("num_experts"):
-            return None
-        hidden, heads, model_type = config["hidden_size"], config["num_attention_heads"], config["model_type"]
-        return Architecture(
-            num_layers=config["num_hidden_layers"],
-            hidden_size=hidden,
-            intermediate_size=config["intermediate_size"],
-            num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_size=config.get("head_dim") or (128 if model_type == "qwen3" else hidden // heads),
-            vocab_size=config["vocab_size"],
-            is_tied=bool(config.get("tie_word_embeddings", model_type == "smollm3")),
-            context=config["max_position_embeddings"],
-            has_qkv_bias=model_type == "qwen2",
-            has_qk_norm=model_type == "qwen3",
-        )
+        return from_settings(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RequestError(
             f"{path} gives no model sizes ({type(error).__name__}: {error}); save the model again"
         ) from error
+
+
+def from_settings(config: Mapping[str, Any]) -> Architecture | None:
+    """The sizes among a model's settings, as config.json names them; None for a model of another shape.
+
+    Raises:
+        KeyError: a size is missing.
+    """
+    if config.get("model_type") not in _MODEL_TYPES or config.get("num_experts"):
+        return None
+    hidden, heads, model_type = config["hidden_size"], config["num_attention_heads"], config["model_type"]
+    return Architecture(
+        num_layers=config["num_hidden_layers"],
+        hidden_size=hidden,
+        intermediate_size=config["intermediate_size"],
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        head_size=config.get("head_dim") or (128 if model_type == "qwen3" else hidden // heads),
+        vocab_size=config["vocab_size"],
+        is_tied=bool(config.get("tie_word_embeddings", model_type == "smollm3")),
+        context=config["max_position_embeddings"],
+        has_qkv_bias=model_type == "qwen2",
+        has_qk_norm=model_type == "qwen3",
+    )

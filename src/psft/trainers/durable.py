@@ -16,12 +16,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
 from psft.data.microbatch import ROW_NUMBERS
+from psft.data.table import row_lengths
 from psft.errors import RequestError, RunFailed, first_line, lost_a_peer, lost_a_worker
 from psft.objectives import Objective
 from psft.ops.precision import deterministic
 from psft.runs.checkpoints import publish, rotate, staging_root
 from psft.trainers.bad_steps import BadSteps
 from psft.trainers.clipped_tokens import ClippedTokens
+from psft.trainers.micro_batch_cap import MicroBatchCap
 from psft.trainers.psft_config import PSFTConfig
 from psft.trainers.recording import RunRecorder
 from psft.trainers.reference import FrozenReference
@@ -57,6 +59,7 @@ class DurableTrainer(SFTTrainer):
     watch: RunWatch
     clipped_tokens: ClippedTokens | None
     reference: FrozenReference | None
+    micro_batch_cap: MicroBatchCap
     _window: Window | None
     _current_step: Step | None
     _epoch: int
@@ -70,6 +73,14 @@ class DurableTrainer(SFTTrainer):
         self.identity: dict[str, Any] = {}
         self._resume: ResumePoint | None = None
         self._staging_root: Path | None = None
+        self._row_lengths: tuple[Any, list[int]] | None = None  # of which data set
+
+    @property
+    def row_lengths(self) -> list[int]:
+        """Tokens of every row of the training set."""
+        if self._row_lengths is None or self._row_lengths[0] is not self.train_dataset:
+            self._row_lengths = (self.train_dataset, row_lengths(self.train_dataset))
+        return self._row_lengths[1]
 
     def schedule(self) -> Schedule:
         """Every optimizer step of this run."""
@@ -190,6 +201,7 @@ class DurableTrainer(SFTTrainer):
         named: Any = resume_from_checkpoint or self.args.resume_from_checkpoint or self.args.resume
         is_resuming = bool(named)
         check_longest_row(self)
+        self.micro_batch_cap.begin()
         self.identity = identity_of(self)
         path = find_checkpoint(self, None if named is True else named) if is_resuming else None
         self._resume = None if path is None else read_resume_point(self, path)
@@ -219,7 +231,7 @@ class DurableTrainer(SFTTrainer):
 
     def _take_up(self, resume: ResumePoint) -> None:
         """Everything that can be put back before the Trainer has loaded weights, optimizer and random state."""
-        if resume.is_exact:
+        if resume.is_same_run:
             self.trust_region.load_state_dict(resume.state["trust_region"])
         if self.reference is not None and "data" not in (self.args.allow_changed or []):
             self.reference.restore(resume.path)

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from psft.errors import RunFailed
+from psft.trainers.device_meter import is_out_of_memory
 from psft.trainers.stop_signal import leave_signals_to_parent
 
 if TYPE_CHECKING:
@@ -66,12 +68,22 @@ def token_mean_evaluation(trainer: PSFTTrainer, dataloader: DataLoader[Any], des
         dataloader.worker_init_fn = leave_signals_to_parent
     is_quiet = bool(trainer.args.disable_tqdm) or not trainer.is_world_process_zero()
     bar = tqdm(dataloader, desc=description, delay=2, leave=False, disable=is_quiet)
-    with torch.no_grad():
-        for batch in bar:
-            scored = trainer._score(model, batch)
-            columns = (scored.mask, -scored.logps, scored.entropies, scored.is_top1)
-            sums = torch.stack([x.sum(1, dtype=torch.float64) for x in columns], 1)
-            parts.append(trainer.accelerator.gather_for_metrics(sums).cpu())
+    try:
+        with torch.no_grad():
+            for batch in bar:
+                scored = trainer._score(model, batch)
+                columns = (scored.mask, -scored.logps, scored.entropies, scored.is_top1)
+                sums = torch.stack([x.sum(1, dtype=torch.float64) for x in columns], 1)
+                parts.append(trainer.accelerator.gather_for_metrics(sums).cpu())
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        size = trainer.args.per_device_eval_batch_size
+        raise RunFailed(
+            f"memory ran out while held-out data were scored ({str(error).splitlines()[0][:200]}). A batch has "
+            f"{size} rows: set per_device_eval_batch_size lower. The last complete checkpoint is as it was: go on with "
+            "--resume."
+        ) from error
     model.train(was_training)
     rows = torch.cat(parts) if parts else torch.zeros(0, 4, dtype=torch.float64)
     return HeldOutResult(*rows.unbind(1))

@@ -93,6 +93,13 @@ class PSFTConfig(PSFTFields, trl.SFTConfig):  # type: ignore[misc]  # train_batc
         given = {name: getattr(self, name) for name in OBJECTIVE_SETTINGS if getattr(self, name) is not None}
         return resolve_objective(self.objective, {**given, **(self.objective_settings or {})})
 
+    @property
+    def most_rows_per_step(self) -> int:
+        """Rows of the largest optimizer step, all ranks: a mini-batch, or a step of the warm-up."""
+        assert self.mini_batch_size is not None and self.train_batch_size is not None
+        warmup = (self.sft_warmup_mini_batch_size or self.train_batch_size) if self.sft_warmup_steps else 0
+        return max(self.mini_batch_size, warmup)
+
     def _resolve_objective(self) -> list[str]:
         """Fill in the objective's own defaults; return what is wrong about it and the controller."""
         try:
@@ -228,8 +235,3 @@ class PSFTConfig(PSFTFields, trl.SFTConfig):  # type: ignore[misc]  # train_batc
         if parallelism is not None and getattr(parallelism, "sp_enabled", False):
             problems.append("Ulysses sequence parallelism computes the loss inside the engine. Set sp_size to 1")
         return problems
-
-    @property
-    def auto_tokens_per_micro_batch(self) -> int:
-        """Where "auto" starts: 1024 padded tokens on CPU (fastest in our measurements), 8192 on an accelerator."""
-        return 1024 if torch.device(self.device).type == "cpu" else 8192

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -18,15 +17,11 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, seed_worker
 
 from psft.data.microbatch import (
-    ACCELERATOR_OVERHEAD_TOKENS,
-    CPU_OVERHEAD_TOKENS,
     ROW_NUMBERS,
-    Cut,
     MiniBatchCollator,
     NumberedRows,
     empty_micro_batch,
 )
-from psft.data.table import row_lengths
 from psft.errors import RequestError
 from psft.objectives import Objective, resolve_objective, sft_loss
 from psft.ops import IGNORE_INDEX
@@ -43,6 +38,7 @@ from psft.trainers.layout import (
     sequence_ids,
 )
 from psft.trainers.loader import Layout, WindowLoader, WindowSampler
+from psft.trainers.micro_batch_cap import MicroBatchCap
 from psft.trainers.psft_config import PSFTConfig
 from psft.trainers.recording import RunRecorder
 from psft.trainers.reference import FrozenReference
@@ -127,6 +123,7 @@ class PSFTTrainer(DurableTrainer):
         self.watch = RunWatch(self)
         is_tracked = args.track_clipped_tokens and self.trust_region.radius_name is not None
         self.clipped_tokens = ClippedTokens(self) if is_tracked else None
+        self.micro_batch_cap = MicroBatchCap(self)
         self._window: Window | None = None
         self._left: tuple[list[Step], list[Layout], dict[Any, Tensor]] | None = None
         self._current_step: Step | None = None
@@ -152,28 +149,13 @@ class PSFTTrainer(DurableTrainer):
             warmup_mini_batch_size=args.sft_warmup_mini_batch_size,
         )
 
-    @functools.cached_property
-    def row_lengths(self) -> list[int]:
-        """Tokens of every row of the training set."""
-        return row_lengths(self.train_dataset)
-
-    def cut(self) -> Cut:
-        """How mini-batches are cut into micro-batches."""
-        cap, is_cpu = self.args.max_tokens_per_micro_batch, self.args.device.type == "cpu"
-        return Cut(
-            self.args.auto_tokens_per_micro_batch if cap == "auto" else int(cap),
-            is_hard=cap != "auto",
-            is_padded=not self.padding_free,
-            overhead_tokens=CPU_OVERHEAD_TOKENS if is_cpu else ACCELERATOR_OVERHEAD_TOKENS,
-        )
-
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The rank's rows, one mini-batch an item, cut into micro-batches and collated once for both passes."""
         args = self.args
         sampler = WindowSampler(
             self.schedule(),
             lengths=self.row_lengths,
-            cut=self.cut(),
+            cut=self.micro_batch_cap.cut(),
             seed=args.data_seed if args.data_seed is not None else args.seed,
             is_shuffled=args.train_sampling_strategy == "random",
             rank=args.process_index,
@@ -201,7 +183,7 @@ class PSFTTrainer(DurableTrainer):
         values = list(super().set_initial_training_values(args, dataloader))
         # Exact also where warm-up steps, larger than mini-batches, make the first epochs shorter.
         schedule, ahead = self.schedule(), 0
-        if self._resume is not None and not self._resume.is_exact:  # other batch sizes, or steps left out: count on
+        if self._resume is not None and not self._resume.keeps_window:  # e.g. other batch sizes: count on
             position = self._resume.position
             ahead = schedule.num_steps(position.epoch) + position.step_in_epoch - self._resume.step
         if args.max_steps < 0:
@@ -235,6 +217,9 @@ class PSFTTrainer(DurableTrainer):
         self._steps_in_epoch = kwargs["steps_trained_in_current_epoch"] if is_resumed else 0
         self._epoch_steps = deque(loader.window_sampler.steps()[self._steps_in_epoch :])
         self._window = None
+        if self._epoch == kwargs["epochs_trained"]:
+            self.micro_batch_cap.settle()
+        loader.window_sampler.cut = self.micro_batch_cap.cut()
         self._left = self._rest_of_window() if is_resumed else None
         if self._left is not None:
             steps = range(self._steps_in_epoch, self._steps_in_epoch + len(self._left[0]))

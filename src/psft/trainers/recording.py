@@ -21,6 +21,7 @@ from psft.errors import RequestError, RunFailed, first_line, lost_a_peer, lost_a
 from psft.runs import RunFolder, command_line, describe_environment
 from psft.runs.checkpoints import remove_leftovers
 from psft.runs.rows import ProbeRow
+from psft.trainers.device_meter import is_out_of_memory
 from psft.trainers.evaluation import HeldOutResult
 from psft.trainers.telemetry import StepTelemetry
 from psft.window import Step
@@ -140,9 +141,12 @@ class RunRecorder:
 
     def write_bad_steps(self) -> None:
         """Name the steps that were passed over in run.json."""
+        self.write_in_run("bad_steps", self.trainer.bad_steps.found)
+
+    def write_in_run(self, name: str, value: Any) -> None:
+        """Put an entry into run.json that was not known when the run began."""
         if self._writes and self.is_claimed:
-            info = self.folder.read_json("run.json")
-            self.folder.write_json("run.json", {**info, "bad_steps": self.trainer.bad_steps.found})
+            self.folder.write_json("run.json", {**self.folder.read_json("run.json"), name: value})
 
     def write_alerts(self, alerts: list[dict[str, Any]]) -> None:
         """Keep what was said about the run in run.json."""
@@ -155,6 +159,8 @@ class RunRecorder:
         onward = "The last complete checkpoint is as it was: go on with --resume."
         if isinstance(error, RunFailed):
             return None  # it is in words
+        if is_out_of_memory(error):
+            return self.trainer.micro_batch_cap.ran_out(error)
         if lost_a_worker(error):
             return RunFailed(
                 f"{first_line(error)}. A worker that reads data died, of too little memory as a rule. Lower "

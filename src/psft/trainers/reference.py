@@ -49,6 +49,7 @@ class FrozenReference:
     def __init__(self, trainer: PSFTTrainer, model: Any, *, has_column: bool) -> None:
         self.trainer = trainer
         self.has_column = has_column
+        self.is_rehearsed = False  # memory is being measured: any numbers will do
         self._policy = trainer.model
         self._model = model  # a model of its own, or None: the policy
         self._is_placed = False
@@ -136,6 +137,8 @@ class FrozenReference:
             row_numbers: rows of the training set, in the order in which the micro-batch holds them.
             mask: (B, T) bool on the CPU, the trained tokens; a padding-free row holds the sequences one after another.
         """
+        if self.is_rehearsed:
+            return torch.zeros(mask.shape, device=mask.device)
         assert self._table is not None, "prepare() has not run"
         values = self._table.of(row_numbers)
         num_tokens = int(mask.sum())

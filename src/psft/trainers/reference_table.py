@@ -149,7 +149,7 @@ def _scored_rows(reference: FrozenReference, lengths: list[int]) -> list[tuple[i
             "model it started from with ref_model_name_or_path."
         )
     reference.place()
-    cut = trainer.cut()
+    cut = trainer.micro_batch_cap.cut()
     collate, dataset = MiniBatchCollator(trainer.data_collator), _numbered(trainer)
     groups = cut_by_tokens(lengths, cut)
     shares = range(args.process_index, len(groups) + args.process_index, args.world_size)

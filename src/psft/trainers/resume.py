@@ -55,14 +55,15 @@ class Position:
 class ResumePoint:
     """One complete checkpoint, read.
 
-    is_exact: nothing that `CHANGES` lists differs, so the open window goes on where it was; else it is dropped and the
-    run restarts at the next window boundary.
+    is_same_run: nothing that `CHANGES` lists differs. keeps_window: the open window goes on where it was; else it is
+    dropped and the run restarts at the next window boundary.
     """
 
     path: Path
     step: int
     position: Position
-    is_exact: bool
+    is_same_run: bool
+    keeps_window: bool
     state: Mapping[str, Any]
 
     def open_window(
@@ -70,7 +71,7 @@ class ResumePoint:
     ) -> tuple[list[Step], list[list[list[int]]], dict[Any, Tensor]] | None:
         """Steps, row numbers by micro-batch and old log-probs of what was left of the window, or None."""
         path = self.path / _window_file(trainer.args.process_index)
-        if not self.is_exact or not path.exists():
+        if not self.keeps_window or not path.exists():
             return None
         device = trainer.args.device
         with safe_open(path, framework="pt", device="cpu" if device.type == "cpu" else str(device)) as file:
@@ -127,6 +128,7 @@ def save_state(trainer: DurableTrainer, folder: Path, position: Position, window
         "bad_steps_in_a_row": trainer.bad_steps.in_a_row,
         "is_evaluated": trainer.recorder.last_evaluated_step == trainer.state.global_step,
         "num_eval_rows": trainer.recorder.num_eval_rows,
+        "micro_batch_cap": trainer.micro_batch_cap.state_dict(),
     }
     (folder / STATE_FILE).write_text(json.dumps(state, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -195,16 +197,35 @@ def read_resume_point(trainer: DurableTrainer, path: Path) -> ResumePoint:
     for name, (old, new) in watched.items():
         logger.warning("%s was %s and is %s now: the run goes on, but not to the same bits.", name, old, new)
     position = Position(**state["position"])
-    if changed:
+    why = f"{', '.join(changed)} changed" if changed else None
+    if not changed and trainer.micro_batch_cap.resume(
+        state.get("micro_batch_cap"), _largest_micro_batch(trainer, path)
+    ):
+        why = (
+            f"memory ran out since this checkpoint, and its open window has micro-batches of more than the "
+            f"{trainer.micro_batch_cap.tokens} padded tokens that are kept to now"
+        )
+    if why is not None:
         position = _next_boundary(trainer, position, is_other_data="data" in changed)
         logger.warning(
-            "%s changed: the open window is dropped and the run goes on at the next window boundary, "
-            "step %d of epoch %d.",
-            ", ".join(changed),
+            "%s: the open window is dropped and the run goes on at the next window boundary, step %d of epoch %d.",
+            why,
             position.step_in_epoch,
             position.epoch,
         )
-    return ResumePoint(path, int(state["step"]), position, not changed, state)
+    return ResumePoint(path, int(state["step"]), position, not changed, why is None, state)
+
+
+def _largest_micro_batch(trainer: DurableTrainer, path: Path) -> int:
+    """Padded tokens of the largest micro-batch in what a checkpoint left of the open window on this rank."""
+    file_path = path / _window_file(trainer.args.process_index)
+    if not file_path.exists():
+        return 0
+    with safe_open(file_path, framework="pt") as file:
+        layout = json.loads(file.metadata()["layout"])["rows"]
+    lengths = trainer.row_lengths
+    groups = [[lengths[row] for row in group] for mini_batch in layout for group in mini_batch if group]
+    return max((sum(group) if trainer.padding_free else len(group) * max(group) for group in groups), default=0)
 
 
 def position_after(trainer: DurableTrainer, epoch: int, step: Step | None, num_steps: int) -> Position:
