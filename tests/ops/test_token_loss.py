@@ -280,21 +280,23 @@ def test_logits_that_overflow_exp_and_words_that_cannot_be_stay_finite():
             assert torch.isfinite(gradient).all()
 
 
-def test_a_half_precision_head_on_cuda_multiplies_as_it_is_and_adds_in_float32(monkeypatch):
-    """The branch that CUDA takes, its products emulated. Goes red if a coefficient is applied twice or not at all."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_on_cuda_products_read_half_precision_and_gradients_stay_float32(dtype, monkeypatch):
+    """What CUDA does under autocast, its products emulated; hidden states and head are float32. Goes red if a
+    coefficient is applied twice or not at all, or a gradient is rounded to the type of the products."""
 
     def product(left, right, *, out, is_added=False):
         value = left.to(right.dtype).to(out.dtype) @ right.to(out.dtype)
         return out.add_(value) if is_added else out.copy_(value)
 
-    case = Case(300, 70, 16, torch.bfloat16, with_bias=True, logit_scale=0.5)
+    case = Case(300, 70, 16, torch.float32, with_bias=True, logit_scale=0.5)
     plain = case.run(chunk_rows=128)
-    want = torch.autograd.grad(plain.loss, case.leaves)
+    wanted = torch.autograd.grad(plain.loss, case.leaves)
     monkeypatch.setattr("psft.ops.products.product", product)
     monkeypatch.setattr(lm_head, "product", product)
-    for dtype in (torch.bfloat16, torch.float16):
-        monkeypatch.setattr(lm_head, "for_product", lambda weight, _, dtype=dtype: weight.to(dtype))
-        low = case.run(chunk_rows=128)
-        torch.testing.assert_close(low.loss, plain.loss, rtol=1e-4, atol=0)
-        for one, other in zip(torch.autograd.grad(low.loss, case.leaves), want, strict=True):
-            torch.testing.assert_close(one, other, rtol=0.03, atol=0.02 * other.abs().max().item())
+    monkeypatch.setattr(lm_head, "product_dtype", lambda hidden: dtype)
+    low = case.run(chunk_rows=128)
+    torch.testing.assert_close(low.loss, plain.loss, rtol=2e-2, atol=0)
+    for got, want in zip(torch.autograd.grad(low.loss, case.leaves), wanted, strict=True):
+        assert got.dtype == torch.float32 and not torch.equal(got, got.to(dtype).float())
+        assert (got - want).square().mean().sqrt() < 0.02 * want.square().mean().sqrt()

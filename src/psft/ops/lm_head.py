@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from psft.ops.products import add_at, for_product, product, project
+from psft.ops.products import add_at, product, product_dtype, project
 from psft.ops.vocabulary import ReferenceLogits, Rows, VocabularyQuantity, check_reference
 
 CHUNK_ROWS = 512
@@ -41,6 +41,7 @@ class HeadSettings(NamedTuple):
     chunk_rows: int
     quantities: tuple[VocabularyQuantity, ...]
     reference: ReferenceLogits | None
+    product_dtype: torch.dtype
 
 
 def checked_settings(
@@ -63,8 +64,9 @@ def checked_settings(
     check_reference(len(labels), len(weight), quantities, reference)
     is_needed = any(quantity.needs_reference for quantity in quantities)
     return HeadSettings(
-        float(logit_scale), softcap, int(chunk_rows), tuple(quantities), reference if is_needed else None
-    )
+        float(logit_scale), softcap, int(chunk_rows), tuple(quantities), reference if is_needed else None,
+        product_dtype(hidden),
+    )  # fmt: skip
 
 
 class RowGradients(NamedTuple):
@@ -116,7 +118,7 @@ class ChunkedHead:
     ) -> None:
         self.hidden, self.labels, self.settings = hidden.detach(), labels[:, None], settings
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
-        self.weight = for_product(weight.detach(), self.dtype)
+        self.weight = weight.detach().to(settings.product_dtype)
         self.bias = None if bias is None else bias.detach().to(self.dtype)
         num_rows = min(len(hidden), settings.chunk_rows)
         self._block_rows = max(num_rows if hidden.is_cuda else min(num_rows, _BLOCK_ROWS), 1)
@@ -129,7 +131,7 @@ class ChunkedHead:
         self._probs = buffer(num_rows) if keeps_logits else self._logits
         self._tops, self._log_norms, self._entropies = (buffer(num_rows, 1) for _ in range(3))
         if settings.reference is not None:
-            self._ref_weight = for_product(settings.reference.weight.detach(), self.dtype)
+            self._ref_weight = settings.reference.weight.detach().to(settings.product_dtype)
             self._ref_log_probs = buffer(num_rows)
 
     def chunks(self) -> Iterator[slice]:

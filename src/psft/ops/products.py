@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 
-def for_product(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The head in the type its products run in: half precision stays so on CUDA, whose GEMM can return float32."""
-    return weight if weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16) else weight.to(dtype)
+def product_dtype(hidden: Tensor) -> torch.dtype:
+    """The type in which products read their factors: on CUDA that of autocast or of half-precision hidden states, as
+    its GEMM can return float32; elsewhere float32, or float64 for float64. To be asked where autocast is in force."""
+    if hidden.is_cuda and torch.is_autocast_enabled("cuda"):
+        return torch.get_autocast_dtype("cuda")
+    return hidden.dtype if hidden.is_cuda else torch.promote_types(hidden.dtype, torch.float32)
 
 
 def project(

@@ -10,7 +10,6 @@ import types
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -90,7 +89,7 @@ def add_token_scoring(model: PreTrainedModel, head_kernel: str = "torch") -> Non
         tokens = TrainedTokens.of(labels, trained_positions)
         head = self.get_output_embeddings()
         weight, bias = _whole(head.weight), _whole(getattr(head, "bias", None))
-        rows, weight = _compute_dtype(tokens.hidden_of(hidden)), _compute_dtype(weight)
+        rows = tokens.hidden_of(hidden)
         if score_tokens == "rows":
             if hasattr(head.weight, "ds_id"):  # DeepSpeed ZeRO-3 takes the head back at the end of this forward
                 weight, bias = weight.clone(), None if bias is None else bias.clone()
@@ -150,13 +149,6 @@ def _placed(scored: TokenStatistics, tokens: TrainedTokens, **more: Any) -> Scor
     return ScoredTokens(
         logps=tokens.placed(scored.logps), mask=tokens.mask, entropies=entropies, is_top1=is_top1, **more
     )
-
-
-def _compute_dtype(tensor: Tensor) -> Tensor:
-    """On CUDA under autocast the head's products read half precision and return float32; elsewhere they are float32."""
-    if tensor.is_cuda and torch.is_autocast_enabled("cuda"):
-        return tensor.to(torch.get_autocast_dtype("cuda"))
-    return tensor
 
 
 def logit_transform(model: PreTrainedModel) -> tuple[float, float | None]:
