@@ -20,7 +20,7 @@ from psft.ops.vocabulary import ReferenceLogits, Rows, VocabularyQuantity, check
 CHUNK_ROWS = 512
 """Rows projected at a time. Each chunk reads the head twice and adds to its gradient once, which its rows share."""
 
-_BLOCK_ROWS = 64  # on a CPU: 64 x 49k float32 logits = 12 MB
+_BLOCK_ROWS = 64  # on a CPU: 64 x 49k float32 logits = 12 MB; an accelerator takes the chunk whole
 _LEAST_LOGP = -1e4  # nats; below it a probability is 0 in any type, and 0 * -inf would be nan
 
 
@@ -121,7 +121,7 @@ class ChunkedHead:
         self.weight = weight.detach().to(settings.product_dtype)
         self.bias = None if bias is None else bias.detach().to(self.dtype)
         num_rows = min(len(hidden), settings.chunk_rows)
-        self._block_rows = max(num_rows if hidden.is_cuda else min(num_rows, _BLOCK_ROWS), 1)
+        self._block_rows = max(min(num_rows, _BLOCK_ROWS) if hidden.device.type == "cpu" else num_rows, 1)
 
         def buffer(rows: int, width: int = len(weight)) -> Tensor:
             return torch.empty(rows, width, dtype=self.dtype, device=hidden.device)

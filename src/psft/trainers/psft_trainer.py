@@ -103,6 +103,7 @@ class PSFTTrainer(DurableTrainer):
         args = PSFTConfig() if args is None else args
         refuse_request(args, train_dataset, kwargs.get("compute_loss_func"))
         self.objective = args.resolved_objective()
+        self._warmup_objective = resolve_objective("sft", {})
         try:
             super().__init__(model, args, data_collator, train_dataset, *positional, **kwargs)
         except ValueError as error:
@@ -370,7 +371,7 @@ class PSFTTrainer(DurableTrainer):
         """The objective for micro-batch `number` of the step, and the old log-probs it is held against, if stored."""
         assert self._current_step is not None and self._window is not None
         if self._current_step.is_warmup:
-            return BoundObjective(resolve_objective("sft", {}), normalizer), None
+            return BoundObjective(self._warmup_objective, normalizer), None
         objective, device = self.objective, self.args.device
         constants: dict[str, Tensor] = {}
         old_logps = self._window.old_logps(number) if objective.needs_old_logps else None
