@@ -54,7 +54,7 @@ class ClippedTokens:
         if self._counts is None:
             words = self.trainer.model.get_input_embeddings().weight.shape[0]
             self._counts = torch.zeros(2, words, dtype=torch.int64, device=mask.device)
-        labels = micro_batch["labels"].to(mask.device)
+        labels = micro_batch["labels"].to(mask.device, non_blocking=True)
         targets = labels[:, 1:].clamp(min=0).flatten()  # what is ignored adds 0 to token 0
         self._counts[0].scatter_add_(0, targets, clipped.flatten().long())
         self._counts[1].scatter_add_(0, targets, mask.flatten().long())
