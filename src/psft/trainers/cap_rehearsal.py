@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from psft.data.microbatch import MiniBatchCollator, NumberedRows
 from psft.window import Step, Window
@@ -40,6 +41,7 @@ class Rehearsal:
             if trainer.objective.needs_ref_vocabulary:
                 trainer.reference.place()  # it takes its memory now, as in training
         model = trainer.model
+        _shard_again(model)
         self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
         self._without_grad = [parameter for parameter in model.parameters() if parameter.grad is None]
         self._was_training = model.training
@@ -79,3 +81,14 @@ class Rehearsal:
             torch.get_device_module(device).set_rng_state(self._device_random, device)
         if trainer.reference is not None:
             trainer.reference.is_rehearsed = False
+
+
+def _shard_again(model: torch.nn.Module) -> None:
+    """Let FSDP2 put its shards back in place of whole parameters.
+
+    After a forward without gradients, such as the retention probe's, it leaves the outermost whole: gradients would be
+    looked for there, and come to the shards.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
