@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from psft.runs.clipped_tokens import read_clipped_tokens
+
 KILL_RUNS = Path(__file__).with_name("kill_runs.py")
 TIMINGS = {"tokens_per_second", "peak_memory_bytes"}
 RUNS = {
@@ -36,7 +38,7 @@ def arguments(tiny_model_path, demonstrations, tiny_tokenizer, tmp_path):
         "--report_to", "none", "--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "2",
         "--dataloader_num_workers", "2", "--disable_tqdm", "true", "--max_tokens_per_micro_batch", "128",
         "--gradient_checkpointing", "false", "--eval_dataset", f"rows={data}", "--eval_split", "train",
-        "--eval_strategy", "steps", "--eval_steps", "5",
+        "--eval_strategy", "steps", "--eval_steps", "5", "--probe_every", "4", "--probe_max_new_tokens", "4",
     ]  # fmt: skip
 
 
@@ -52,8 +54,10 @@ def kill(folder, arguments, num_kills, seed):
     assert done.returncode == 0, done.stderr[-4000:]
     weights = "adapter_model.safetensors" if "--use_peft" in arguments else "model.safetensors"
     whole, killed = folder / "whole", folder / "killed"
-    for name in ("metrics.jsonl", "eval.jsonl"):
-        assert rows_of(killed, name) == rows_of(whole, name)
+    for name in ("metrics.jsonl", "eval.jsonl", "probe.jsonl"):
+        assert rows_of(killed, name) == rows_of(whole, name), name
+    tables = [read_clipped_tokens(path / "clipped_tokens.parquet") for path in (whole, killed)]
+    assert tables[0] == tables[1] and bool(tables[0]) is ("sft_kl" not in arguments)
     one, other = load_file(whole / weights), load_file(killed / weights)
     assert one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
     assert not list(killed.glob(".*")), "nothing half written is left"
@@ -69,6 +73,7 @@ def test_a_run_killed_four_times_ends_in_the_same_bits(tmp_path, arguments):
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("run", RUNS)
 def test_a_run_killed_twenty_times_ends_in_the_same_bits(tmp_path, arguments, run):
+    """Goes red as above; and if the moments do not fall into different steps."""
     reached = kill(tmp_path, [*arguments, *RUNS[run]], num_kills=20, seed=2)
     assert len(reached) == 20 and len(set(reached)) > 3, reached
 

@@ -3,11 +3,14 @@
 import json
 import logging
 import math
+import os
+import signal
 
 import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from psft.errors import RequestError
 from psft.runs import RunFolder
@@ -157,6 +160,23 @@ def test_a_resumed_run_ends_in_the_same_probe_table_and_alerts(make_trainer, tmp
     assert tables[0] == tables[1]
     alerts = [RunFolder(tmp_path / name).read_json("run.json")["alerts"] for name in ("cut", "whole")]
     assert alerts[0] == alerts[1] and "drift" in [a["name"] for a in alerts[0]]
+
+
+@pytest.mark.parametrize("step", [8, 16])
+def test_a_signal_leaves_the_probe_out_and_the_resumed_run_makes_up_for_it(make_trainer, step):
+    """Goes red if a stop waits for the probe, or if the drift of its step, the last one included, is never measured."""
+
+    class Signalled(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == step - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    how = {"save_strategy": "steps", "save_steps": 20, "probe_every": 4}
+    whole = trained(make_trainer, "whole", **how)
+    stopped = trained(make_trainer, "run", callbacks=[Signalled()], **how)
+    assert {row["step"] for row in rows_of(stopped, "probe.jsonl")} == set(range(0, step, 4))
+    again = trained(make_trainer, "run", resume=True, **how)
+    assert rows_of(again, "probe.jsonl") == rows_of(whole, "probe.jsonl")
 
 
 def test_a_checkpoint_without_the_base_models_answers_switches_the_probe_off_in_words(make_trainer, caplog):

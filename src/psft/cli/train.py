@@ -104,17 +104,19 @@ class PreparedRun:
     def train(self) -> None:
         """Train, measure held-out data at the end, save model, tokenizer and model card into the run folder.
 
-        A run that a signal stopped leaves its last checkpoint instead.
+        A run that a signal stopped before its last step leaves its last checkpoint instead; after it, the model.
         """
         from psft.cli.live_view import live_view
 
         trainer = self.trainer
         with live_view(trainer):
             trainer.train()
-        if trainer.stop_signal.number is not None:
+        is_stopped = trainer.stop_signal.number is not None
+        if is_stopped and trainer.state.global_step < trainer.state.max_steps:
             return
         with trainer.recorder.failures_in_words():
-            if trainer.eval_dataset and trainer.recorder.last_evaluated_step != trainer.state.global_step:
+            is_evaluated = trainer.recorder.last_evaluated_step == trainer.state.global_step
+            if trainer.eval_dataset and not is_stopped and not is_evaluated:
                 trainer.evaluate()
                 trainer.recorder.write_summary()
             trainer.save_model(trainer.args.output_dir)

@@ -209,7 +209,11 @@ class PSFTTrainer(DurableTrainer):
         return 6 * num_tokens * self.model.num_parameters(exclude_embeddings=True)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # resumed at the end
+        self.watch.begins()
+        self.watch.makes_up()
+        is_over = self.state.global_step >= self.state.max_steps  # resumed at the end
+        is_over |= self._resume is not None and self.control.should_training_stop  # what was made up for meets a rule
+        if is_over:
             self.control.should_training_stop = True
             return
         loader, self._epoch = kwargs["train_dataloader"], kwargs["epoch"]
@@ -227,7 +231,6 @@ class PSFTTrainer(DurableTrainer):
             loader.window_sampler.keep(self._epoch, dict(zip(steps, self._left[1], strict=True)))
         if self.reference is not None:
             self.reference.prepare()
-        self.watch.begins()
         super()._run_epoch(*args, **kwargs)
         if self.clipped_tokens is not None:
             self.clipped_tokens.write(self.recorder.folder.path)
@@ -441,6 +444,7 @@ class PSFTTrainer(DurableTrainer):
         return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=result.num_rows)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self.watch.makes_up()  # a run that goes on from its end has no epoch left
         self._tr_loss = self._reduce(self._tr_loss, "sum") / self.args.world_size  # else this rank's own is reported
         return super()._finalize_training(*args, **kwargs)
 

@@ -23,15 +23,17 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignal(TrainerCallback):
-    """Listens while training runs. number: the signal that stopped the run, or None.
+    """Listens while training runs. number: the signal that stops the run, the same on every rank, or None.
 
-    With many processes a signal may reach one of them alone; they agree after every step, so that all stop together.
+    With many processes a signal may reach one of them alone, or one before another. They agree after every step and at
+    the end, and act on `number` alone: else one would wait in an evaluation that another leaves out.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self._received_number: int | None = None
         self._first_at = 0.0
-        self._is_stopping = self._keeps_no_checkpoint = False
+        self._keeps_no_checkpoint = False
 
     @property
     def exit_code(self) -> int:
@@ -41,7 +43,7 @@ class StopSignal(TrainerCallback):
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Take the signals over from the interpreter, and give them back. Elsewhere than in the main thread: no-op."""
-        self.number, self._is_stopping = None, False
+        self.number = self._received_number = None
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -53,11 +55,11 @@ class StopSignal(TrainerCallback):
                 signal.signal(number, handler)
 
     def _received(self, number: int, frame: FrameType | None) -> None:
-        if self.number is not None:
+        if self._received_number is not None:
             if time.monotonic() - self._first_at > SAME_SIGNAL_S:
                 os._exit(128 + number)
             return
-        self.number, self._first_at = number, time.monotonic()
+        self._received_number, self._first_at = number, time.monotonic()
         if not int(os.environ.get("RANK") or 0):  # of a job's processes the first says it
             name = signal.Signals(number).name
             what = "" if self._keeps_no_checkpoint else " and writing a checkpoint"
@@ -66,16 +68,19 @@ class StopSignal(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._keeps_no_checkpoint = args.save_strategy == "no"
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        number = self.number or 0
+    def _agree(self, args: Any) -> None:
+        number = self._received_number or 0
         if args.world_size > 1:
             received = torch.tensor(number, device=args.device)
             torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
             number = int(received)
-        if number:
-            if self.number is None:  # another process received it, and this one may yet: the same signal, not a second
-                self._first_at = time.monotonic()
-            self.number, self._is_stopping = number, True
+        if number and self._received_number is None:  # this rank may receive it yet: the same signal, not a second
+            self._received_number, self._first_at = number, time.monotonic()
+        self.number = number or None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        self._agree(args)
+        if self.number is not None:
             control.should_save = args.save_strategy != "no"
             control.should_evaluate &= bool(args.load_best_model_at_end)  # else a resumed run makes up for it
             control.should_training_stop = True
@@ -83,9 +88,12 @@ class StopSignal(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         # Wherever in the epoch a run stops, the Trainer says here that it has ended
-        if self._is_stopping and not (args.load_best_model_at_end and float(state.epoch).is_integer()):
+        if self.number is not None and not (args.load_best_model_at_end and float(state.epoch).is_integer()):
             control.should_save = control.should_evaluate = False
         return control
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._agree(args)
 
 
 def leave_signals_to_parent(worker: int = 0) -> None:

@@ -27,6 +27,7 @@ class RunWatch:
     """Told of every row a run records; measures drift on the way.
 
         begins()              before the first step: the base model answers the probe's prompts
+        makes_up()            when a run goes on: the drift that a signal left out
         step_ends(row)        a row of metrics.jsonl; every probe_every steps, and after the last, the probe
         evaluated(row)        a row of eval.jsonl
 
@@ -46,6 +47,7 @@ class RunWatch:
             for setting in ("stop_when", "save_when")
         )
         self.stopped_by: str | None = None
+        self._probed_at: int | None = None  # the last step; None in a checkpoint that does not say
 
     def _rule(self, text: str, setting: str, measured: list[str]) -> Any:
         rule = parse_rule(text, setting=setting, measured=measured)
@@ -66,6 +68,14 @@ class RunWatch:
             return
         self.probe.sample()
         self._probe()
+
+    def makes_up(self) -> None:
+        """Measure drift at the step a run goes on from, or ends at, where a signal left it out."""
+        step = self.trainer.state.global_step
+        if self.probe is None or not self.probe.is_ready or self._probed_at in (None, step):
+            return
+        if self._is_probe_due(step):
+            self._probe()
 
     def step_ends(self, row: Mapping[str, Any]) -> None:
         """Take in what a step measured; measure drift where it is time."""
@@ -89,7 +99,7 @@ class RunWatch:
 
     def _probe(self) -> None:
         assert self.probe is not None
-        step = self.trainer.state.global_step
+        step = self._probed_at = self.trainer.state.global_step
         rows = self.probe.measure()
         for row in rows:
             row["step"] = step
@@ -120,6 +130,7 @@ class RunWatch:
         """Write what a resumed run needs into a checkpoint's folder."""
         state = {
             "probe": None if self.probe is None else self.probe.state_dict(),
+            "probed_at": self._probed_at,
             "rules": {"stop_when": self.stop_rules.state_dict(), "save_when": self.save_rules.state_dict()},
         }
         (folder / STATE_FILE).write_text(json.dumps(state, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -150,6 +161,7 @@ class RunWatch:
         self.save_rules.load_state_dict(state["rules"]["save_when"])
         if self.probe is not None and state["probe"] is not None:
             self.probe.load_state_dict(state["probe"])
+            self._probed_at = state.get("probed_at")
 
 
 def _held_out_names(trainer: PSFTTrainer) -> list[str]:
