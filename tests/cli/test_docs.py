@@ -1,4 +1,4 @@
-"""The commands and the example of README and docs/objectives.md run as they stand, on the tiny model."""
+"""The commands of README, docs/objectives.md and docs/telemetry.md, and the example, run on the tiny model."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from psft.objectives import objective_names
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
+TELEMETRY = (ROOT / "docs" / "telemetry.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(
-    r"^    (?:PYTHONPATH=\. |\.venv/bin/)?(psft (?:train|plan) quickstart .*)$", PAGE + README, re.MULTILINE
+    r"^    (?:PYTHONPATH=\. |\.venv/bin/)?(psft (?:train|plan) quickstart .*)$", PAGE + README + TELEMETRY, re.MULTILINE
 )
 EXAMPLE = re.search(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 

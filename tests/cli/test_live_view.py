@@ -49,6 +49,18 @@ def test_a_file_gets_one_plain_line_every_so_many_steps():
     assert due == [1, 10, 20, 30, 40] and not view.is_line_due("eval", {"step": 10})
 
 
+def test_the_time_left_is_told_once_a_step_has_been_timed(monkeypatch):
+    """Goes red if the first step, which nobody timed, counts: then "0:00 left" stands there at once."""
+    now = [100.0]
+    monkeypatch.setattr("psft.cli.live_view.time.monotonic", lambda: now[0])
+    view = LiveView(11)
+    view.row("metrics", {"step": 1, "nll": 1.0})
+    assert "left" not in view.line()
+    now[0] += 6
+    view.row("metrics", {"step": 2, "nll": 1.0})
+    assert view.line().endswith("0:54 left")
+
+
 def test_a_long_run_keeps_a_bounded_curve():
     view = LiveView(50_000)
     for step in range(1, 20_001):

@@ -69,7 +69,7 @@ class LiveView:
             return
         self.step = max(self.step, int(row["step"]))
         if kind == "metrics" and self._first_step is None:
-            self._first_step, self._started = self.step - 1, time.monotonic()
+            self._first_step, self._started = self.step, time.monotonic()
         for name, curve in self._curves.items():
             value = row.get(name)
             if value is None:

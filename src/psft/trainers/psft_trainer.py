@@ -51,6 +51,7 @@ from psft.trainers.safeguards import (
 )
 from psft.trainers.stop_signal import leave_signals_to_parent
 from psft.trainers.telemetry import StepTelemetry
+from psft.trainers.trackers import keep_for_trackers
 from psft.trainers.trl_kernel import choose_head_kernel
 from psft.trainers.trust_region import TrustRegion
 from psft.trainers.watching import RunWatch
@@ -454,9 +455,7 @@ class PSFTTrainer(DurableTrainer):
         if self.recorder.telemetry is not None and self._current_step is not None:
             assert self._window is not None
             row = self.recorder.step_ends(self._current_step, grad_norm, kwargs.get("learning_rate"), self._reduce)
-            for name in self.recorder.measured_names:
-                if row.get(name) is not None:
-                    self._metrics["train"][name].append(row[name])
+            keep_for_trackers(self._metrics["train"], row)
             self.trust_region.step_ends(self._current_step, row, is_last=self._window.is_spent)
             if self.clipped_tokens is not None:
                 self.clipped_tokens.step_ends()

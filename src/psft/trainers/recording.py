@@ -54,7 +54,6 @@ class RunRecorder:
         self.num_eval_rows = 0  # of eval.jsonl; known to the rank that writes
         self.extra: dict[str, Any] = {}
         self.listeners: list[Callable[[str, Any], None]] = []
-        self.measured_names: list[str] = []  # of the last step: what the trackers are told
         self.loss: Tensor | None = None
         self._step_started = self._train_started = self._wall_time_s = 0.0
         self._exit_reason = "not started"
@@ -208,7 +207,6 @@ class RunRecorder:
         """Read the step's telemetry (the one host synchronisation of a step) and append its row."""
         assert self.telemetry is not None and self.loss is not None
         measured = self.telemetry.read(reduce)
-        self.measured_names = [name for name in measured if name not in ("tokens", "log_ratio_histogram")]
         loss = reduce(self.loss, "sum").item() / self.trainer.args.world_size
         self.telemetry = None
         state = self.trainer.state

@@ -14,6 +14,7 @@ from psft.errors import RequestError
 from psft.runs.alerts import Alert, Watch
 from psft.runs.rules import DRIFT, RuleBook, parse_rule
 from psft.trainers.probe import RetentionProbe
+from psft.trainers.trackers import probe_numbers, tell_trackers
 
 if TYPE_CHECKING:
     from psft.trainers.psft_trainer import PSFTTrainer
@@ -105,7 +106,7 @@ class RunWatch:
             row["step"] = step
         self.trainer.recorder.probed(rows)
         drift = rows[0]["drift_nats_per_token"]
-        self.trainer._metrics["train"][DRIFT].append(drift)
+        tell_trackers(self.trainer, probe_numbers(rows))
         self._say(self.alerts.probed(rows[0]))
         self._obey({DRIFT: drift})
 
