@@ -84,7 +84,8 @@ def make_run(
         if step:
             row = metrics_row(step, num_steps, noise, epochs=epochs, epsilon=epsilon)
             if objective != "psft":
-                row = {k: v for k, v in row.items() if not k.startswith(("clip", "log_ratio", "epsilon", "gradient"))}
+                del row["epsilon_high"]  # and what has no ratio says null
+                row |= {k: None for k in row if k.startswith(("clip", "log_ratio", "gradient_"))}
             folder.append("metrics.jsonl", row if change is None else change(row))
     if "tokens" in parts:
         write_clipped_tokens(folder, epochs, noise)

@@ -148,6 +148,24 @@ def test_missing_data_says_what_to_run(tmp_path):
     assert "--epsilon_high inf" in sweep
 
 
+def test_a_run_that_goes_on_is_not_told_to_count_what_it_counts(tmp_path):
+    """Goes red if a first epoch that is not over is taken for a setting that is off."""
+    folder = make_run(tmp_path / "run", parts=())
+    info = folder.read_json("run.json")
+    folder.write_json("run.json", {**info, "config": {**info["config"], "track_clipped_tokens": True}})
+    page = Page(write_report([folder.path], tmp_path / "out", images=False).page)
+    assert "stand here once the first epoch, or the run, has ended" in page.text
+    assert "--track_clipped_tokens" not in page.text
+
+
+def test_what_has_no_ratio_is_not_called_unreadable(tmp_path):
+    """Goes red if the nulls that sft records in place of a histogram are taken for damage."""
+    folder = make_run(tmp_path / "run", objective="sft")
+    assert '"log_ratio_histogram": null' in (folder.path / "metrics.jsonl").read_text()
+    page = Page(write_report([folder.path], tmp_path / "out", images=False).page)
+    assert "could not be read" not in page.text
+
+
 def test_differences_between_runs_are_marked(tmp_path):
     """Goes red if a setting that one run lacks counts as shared."""
     runs = [make_run(tmp_path / "a", seed=1), make_run(tmp_path / "b", objective="sft", num_threads=2)]

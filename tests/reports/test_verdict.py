@@ -100,6 +100,31 @@ def test_forgetting_is_drift_beyond_two_standard_errors(tmp_path, drift, stderr,
     assert judge(folder)[0]["forgot"][1] == answer
 
 
+def test_a_probe_of_the_untrained_model_alone_says_nothing_about_forgetting(tmp_path):
+    """Goes red if drift at step 0, which is 0 by definition, is taken for "nothing forgotten"."""
+    folder = make_run(tmp_path / "run", parts=())
+    folder.append("probe.jsonl", {"step": 0, "group": "all", "drift_nats_per_token": 0.0, "stderr": 0.0})
+    assert judge(folder)[0]["forgot"] == ("unknown", "not measured yet")
+
+
+def test_one_measurement_of_held_out_data_is_named_and_not_asked_for(tmp_path):
+    """Goes red if a run that has held-out data is told to give some."""
+    run = load_run(with_nll(tmp_path / "run", [1.2]), "run")
+    learned = findings(run)["learned"]
+    assert learned.answer == "on its training data"
+    assert "that of h has been measured once, at step 0" in learned.text and "eval_dataset" not in learned.text
+
+
+def test_a_run_that_keeps_no_checkpoints_is_not_told_to_go_on_from_one(tmp_path):
+    """Goes red if --resume is advised where save_strategy=no leaves nothing to resume."""
+    folder = make_run(tmp_path / "run", parts=())
+    info = folder.read_json("run.json")
+    folder.write_json("run.json", {**info, "config": {**info["config"], "save_strategy": "no"}})
+    advice = judge(folder)[1]
+    assert "keeps no checkpoints" in advice.why and "--resume" not in advice.command
+    assert "--save_strategy steps" in advice.command
+
+
 def test_scores_lost_out_of_domain_are_forgetting_too(tmp_path):
     """Goes red if a fall inside the errors counts, or in-domain scores do."""
     folder = make_run(tmp_path, parts=("heldout", "probe", "summary"))

@@ -40,6 +40,10 @@ def _unfinished(run: Run, found: Mapping[str, Finding]) -> Advice | None:
         return None
     if not run.num_steps and not run.info:
         return Advice("Nothing has been recorded yet. Follow the run once it has begun:", watch(run))
+    if run.config.get("save_strategy") == "no" and run.num_steps:
+        how = "was interrupted" if run.is_over else "has not ended"
+        why = f"The run {how}, and keeps no checkpoints (save_strategy=no). If it is gone, begin anew with some:"
+        return Advice(why, rerun(run, {"save_strategy": "steps", "save_steps": 10}, suffix="-again"))
     command = resume(run) or ""
     if run.is_over:
         return Advice("The run was interrupted. Go on with it from its last checkpoint:", command)

@@ -220,6 +220,8 @@ def _log_ratio_counts(run: Run, metrics: Columns, order: np.ndarray) -> np.ndarr
         return None
     num_bins = len(LOG_RATIO_EDGES) + 1
     column = metrics.table.column("log_ratio_histogram").combine_chunks()
+    if column.null_count == len(column):  # an objective without a ratio
+        return None
     rows = order[(run.column("mini_batch") > 1) & ~run.is_warmup]
     try:
         lists = column.take(rows).drop_null()

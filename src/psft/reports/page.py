@@ -190,7 +190,7 @@ def _lowest(content: Content, name: str, key: str) -> float | None:
     """The smallest of a number over the runs that measured it on held-out data or by the probe."""
     found = [findings[name].values for findings in content.findings.values()]
     values = [value[key] for value in found if key in value and (key != "last" or "best" in value)]
-    return min(values, default=None)
+    return min(values) if len(set(values)) > 1 else None
 
 
 def _title(runs: list[Run]) -> str:

@@ -120,8 +120,12 @@ def _learned(run: Run) -> Finding:
     has_gained = first - last > LEAST_GAIN
     text = (
         f"Training NLL {first:.3f} to {last:.3f} nats per token (means of the first and last {ENDS_SHARE:.0%} of the "
-        "steps). Training NLL alone cannot tell learning from recall: give --eval_dataset."
+        "steps). Training NLL alone cannot tell learning from recall: "
     )
+    if rows:
+        text += f"that of {name} has been measured once, at step {rows[0]['step']:g}, and a second time will tell."
+    else:
+        text += "give --eval_dataset."
     answer = "on its training data" if has_gained else "no"
     return Finding(question, "warn" if has_gained else "bad", answer, text, {"first": first, "last": last})
 
@@ -130,10 +134,11 @@ def _learned_held_out(question: str, name: str, rows: list[dict[str, Any]]) -> F
     first, last = rows[0], rows[-1]
     best = min(rows, key=lambda row: row["value"])
     values = {"first": first["value"], "best": best["value"], "last": last["value"], "best_step": float(best["step"])}
-    text = (
-        f"Held-out NLL of {name}: {_with_error(first)} at step {first['step']:g}, best {_with_error(best)} at step "
-        f"{best['step']:g}, last {_with_error(last)} at step {last['step']:g} (nats per token)."
-    )
+    text = f"Held-out NLL of {name}: {_with_error(first)} at step {first['step']:g}, "
+    if best is not last:
+        text += f"best {_with_error(best)} at step {best['step']:g}, "
+    which = "best and last" if best is last else "last"
+    text += f"{which} {_with_error(last)} at step {last['step']:g} (nats per token)."
     if last["value"] - best["value"] > _margin(best, last):
         state, answer = "warn", "yes, then it got worse"
         if best is first:
@@ -205,6 +210,9 @@ def _forgot(run: Run) -> Finding:
             question, "unknown", "not measured", "No retention probe and no out-of-domain score was recorded."
         )
     steps, drift, errors = measured
+    if steps[-1] == 0 and not tale:
+        text = "The probe has answers of the untrained model, and has not been asked again yet."
+        return Finding(question, "unknown", "not measured yet", text)
     error = None if errors is None or not np.isfinite(errors[-1]) else float(errors[-1])
     budget = drift_budget(run)
     shown = f"{drift[-1]:.4f}" + (f" \u00b1 {error:.4f}" if error is not None else "")

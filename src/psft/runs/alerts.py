@@ -76,8 +76,8 @@ class Watch:
             said = (
                 "drift",
                 f"the model has drifted {drift:.3f} +- {stderr:.3f} nats per token from where it began on general "
-                f"prompts, over the budget of {self.drift_budget:g}: it is forgetting. Lower the learning rate or "
-                "epsilon_high, train fewer epochs, or take an earlier checkpoint.",
+                f"prompts, over the budget of {self.drift_budget:g}: it is forgetting. Lower the learning rate (or "
+                "epsilon_high, where the objective clips), train fewer epochs, or take an earlier checkpoint.",
             )
         return self._new([said], step=int(row.get("step", 0)))
 

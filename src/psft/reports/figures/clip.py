@@ -8,11 +8,15 @@ import numpy as np
 
 from psft.reports import series
 from psft.reports.charts import Chart, Figure, Line, Missing, to_list
-from psft.reports.figures.common import NO_STEPS, Inputs, steps_chart
+from psft.reports.figures.common import NO_CLIP, NO_STEPS, Inputs, steps_chart
 from psft.reports.groups import epsilon_high, group_line
 from psft.runs.rows import LOG_RATIO_EDGES
 
-_NO_CLIP = "None of these runs has an objective with a clip, so there is nothing to show. Train with one:"
+KEPT = "Share of the gradient the clip left"
+_WEIGHTS = (
+    "Without the clip a token would weigh as much as its ratio, so that a few whose ratio grew a hundredfold carry "
+    "most of a step. Little of the ratios' sum can be left where most tokens are."
+)
 
 
 def clip(inputs: Inputs) -> Figure:
@@ -27,9 +31,7 @@ def clip(inputs: Inputs) -> Figure:
             Chart("Clipped tokens by mini-batch of the window", "mini-batch of the window", "share of tokens", lines,
                   kind="points", y_form="percent")
         )  # fmt: skip
-    charts += steps_chart(
-        inputs, "gradient_kept", "Share of the gradient the clip left", "share of the ratios' sum", y_form="percent"
-    )
+    charts += steps_chart(inputs, "gradient_kept", KEPT, "share of the ratios' sum", y_form="percent")
     charts += steps_chart(
         inputs, "clippable_fraction", "Tokens that can be clipped at all", "share of tokens", y_form="percent"
     )
@@ -40,6 +42,7 @@ def clip(inputs: Inputs) -> Figure:
         "first mini-batch nothing has moved, so it is 0 there and rises along the window. Below 1 % everywhere, PSFT "
         "is plain SFT. A token can be clipped at all only if its old probability was below 1 / (1 + epsilon_high).",
         charts,
+        notes=[_WEIGHTS] if any(chart.title == KEPT for chart in charts) else [],
         missing=None if charts else _missing(inputs),
     )
 
@@ -116,4 +119,4 @@ def _missing(inputs: Inputs, field: str = "") -> Missing:
         return NO_STEPS
     if any(epsilon_high(run) is not None for run in runs):
         return Missing("No window has had a second mini-batch yet, so no ratio has moved from 1.")
-    return Missing(_NO_CLIP, rerun(runs[0], {"objective": "psft"}, suffix="-psft"))
+    return Missing(NO_CLIP, rerun(runs[0], {"objective": "psft"}, suffix="-psft"))

@@ -18,6 +18,7 @@ _LOG_FROM = 100.0
 """Largest over typical value from which on a positive axis is logarithmic."""
 
 
+NO_CLIP = "None of these runs has an objective with a clip, so there is nothing to show. Train with one:"
 NO_STEPS = Missing("No optimizer step has been recorded yet.")
 
 
@@ -116,4 +117,4 @@ def needs_command(inputs: Inputs, reason: str, name: str, arguments: str) -> Mis
     """What is missing and the command of psft that makes it; says so where this version has no such command."""
     if name in inputs.commands:
         return Missing(reason, f"psft {name} {arguments}")
-    return Missing(f"{reason} It is made by psft {name}, which this version does not have yet.")
+    return Missing(f"{reason} That takes psft {name}, which this version does not have yet.")

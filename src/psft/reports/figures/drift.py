@@ -39,6 +39,10 @@ def drift(inputs: Inputs) -> Figure:
             changes={"probe_every": 50},
             suffix="-probe",
         )
+    measured = [row["step"] for run in inputs.runs for row in run.probes]
+    notes = (
+        ["So far only the untrained model has been asked, where drift is 0."] if charts and not any(measured) else []
+    )
     return Figure(
         "drift",
         "Drift on general prompts (retention probe)",
@@ -47,4 +51,5 @@ def drift(inputs: Inputs) -> Figure:
         "noise.",
         charts,
         missing=missing,
+        notes=notes,
     )

@@ -39,7 +39,7 @@ def entropy(inputs: Inputs) -> Figure:
         "entropy",
         "Entropy over steps",
         "How undecided the model is about the next token. A smooth, slow fall is learning. A drop at every epoch "
-        "boundary (a saw-tooth, dashed lines) is recall of rows already seen; the paper finds it for SFT and not for "
+        "boundary (a saw-tooth, dotted lines) is recall of rows already seen; the paper finds it for SFT and not for "
         "PSFT.",
         charts,
         missing=None if charts else NO_STEPS,

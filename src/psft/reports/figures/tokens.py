@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from psft.reports.charts import Figure, Missing
-from psft.reports.figures.common import NO_STEPS, Inputs, needs
+from psft.reports.figures.common import NO_CLIP, NO_STEPS, Inputs, needs
 from psft.reports.groups import epsilon_high
 from psft.reports.load import Epoch, Run
 
@@ -86,8 +86,11 @@ def _missing(inputs: Inputs) -> Missing:
     with_clip = [run for run in runs if epsilon_high(run) is not None] or runs
     if not any(run.num_steps for run in runs):
         return NO_STEPS
-    changes: dict[str, object] = {"track_clipped_tokens": True}
+    tracking = [run for run in with_clip if run.config.get("track_clipped_tokens") and epsilon_high(run) is not None]
+    if any(not run.is_over for run in tracking):
+        return Missing("Clipped tokens are counted, and stand here once the first epoch, or the run, has ended.")
     if epsilon_high(with_clip[0]) is None:
-        changes["objective"] = "psft"
+        return needs(inputs, NO_CLIP, changes={"objective": "psft"}, suffix="-psft")
+    changes: dict[str, object] = {"track_clipped_tokens": True}
     reason = "No clipped tokens were recorded (clipped_tokens.parquet is written at the end of an epoch). Train with:"
     return needs(inputs, reason, changes=changes, suffix="-tokens")
