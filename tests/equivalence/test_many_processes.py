@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 from psft.accelerate import config_file
+from psft.data.probe_prompts import load_probe_prompts
+from psft.runs.clipped_tokens import read_clipped_tokens
 
 SCRIPT = Path(__file__).with_name("train_runs.py")
 SHARDED = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPLlamaForCausalLM"}
@@ -26,7 +28,11 @@ SAME = {"psft": {}, "sft_kl": {"objective": "sft_kl"}}
 RESUMED = {"psft": 6, "sft_kl-k3": 9}
 """Runs that are cut and resumed, and the step of the checkpoint: 2 of 4 mini-batches into a window, and 1 of 4."""
 BAD = {"objective": "train_runs:spoiled", "objective_settings": {"at": 5}, "eval_strategy": "no"}
-MEASURED = {"max_tokens_per_micro_batch": "auto", "measured": True, "float64": True}
+MEASURED = {"max_tokens_per_micro_batch": "auto", "measured": True, "float64": True, "probe_every": 50}  # probed before
+PROBED = {"probed": {}, "probed-lora": {"lora": True, "learning_rate": 3e-2}}
+"""Runs of 12 steps whose drift and clipped tokens are held against one process, then cut at step 6 and resumed."""
+NUM_PROMPTS = 83
+"""Of the probe in those runs: odd, so that one rank answers a prompt that the other has, too."""
 TIMINGS = {"tokens_per_second", "peak_memory_bytes"}
 
 
@@ -55,6 +61,17 @@ def resumed_runs(cache):
     return runs
 
 
+def probed_runs(prompts):
+    runs = {}
+    for name, settings in PROBED.items():
+        settings = {
+            **settings, "float64": True, "probe_every": 4, "probe_prompts": str(prompts), "probe_max_new_tokens": 16,
+            "save_strategy": "steps", "save_steps": 6,
+        }  # fmt: skip
+        runs |= {name: settings, f"cut-{name}": {**settings, "cut_of": [name, 6]}}
+    return runs
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tiny_model_path):
     """trained(engine) -> folder with one folder for each of its runs; each engine is started once."""
@@ -66,15 +83,18 @@ def trained(tmp_path_factory, tiny_model_path):
         ids = torch.randint(3, 400, (prompt + int(torch.randint(1, 24, (), generator=generator)),), generator=generator)
         data.append({"input_ids": ids.tolist(), "labels": [-100] * prompt + ids.tolist()[prompt:]})
     (folder / "rows.json").write_text(json.dumps(data))
+    prompts = [{"messages": p.messages, "kind": p.kind} for p in load_probe_prompts()[:NUM_PROMPTS]]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    probed = probed_runs(folder / "prompts.jsonl")
 
     def make(engine):
         # ZeRO-3 has no whole weights to copy: there the reference is named
         named = {"objective": "sft_kl", "ref_model_name_or_path": str(tiny_model_path)}
         runs = {name: {**settings, "float64": True} for name, settings in SAME.items()}
         if engine == "one":
-            runs |= {"psft-float32": {}, "sft_kl-float32": named}
+            runs |= {"psft-float32": {}, "sft_kl-float32": named, **probed}
         elif engine in SHARDED:
-            runs |= {**resumed_runs(folder / f"{engine}-cache"), "bad": BAD, "measured": MEASURED}
+            runs |= {**resumed_runs(folder / f"{engine}-cache"), "bad": BAD, "measured": MEASURED, **probed}
         else:
             runs = {"psft-float32": {}, "sft_kl-float32": named, **resumed_runs(folder / f"{engine}-cache"), "bad": BAD}
         if not (folder / engine).exists():
@@ -96,6 +116,7 @@ def facts_of(path):
 def assert_same_run(one, two, tolerance):
     single, double = rows_of(one), rows_of(two)
     assert len(single) == len(double) == 12 and single[-1]["window"] == 2
+    assert one.name.startswith("sft") or sum(count > 0 for count in single[-1]["log_ratio_histogram"]) > 5
     for a, b in zip(single, double, strict=True):
         assert a.keys() == b.keys()
         for name, value in a.items():
@@ -170,6 +191,79 @@ def test_two_processes_resume_to_the_same_bits(trained, engine, run):
 def test_a_bad_step_of_one_rank_is_passed_over_by_both(trained, engine):
     """Goes red if ranks judge by their own loss, so that one skips alone, or if one rank's rows alone are named."""
     assert_one_bad_step_was_passed_over(trained(engine) / "bad")
+
+
+def watch_of(path):
+    """What the probe keeps of the base model, as it stands in the run's last checkpoint."""
+    return json.loads((path / "checkpoint-12" / "psft_watch.json").read_text())["probe"]
+
+
+def watched(path, num_ranks):
+    return [json.loads((path / f"watched-{rank}.json").read_text()) for rank in range(num_ranks)]
+
+
+@pytest.mark.parametrize("engine", SHARDED)
+@pytest.mark.parametrize("run", PROBED)
+def test_two_processes_measure_the_drift_of_one(trained, engine, run):
+    """The same answers, each drawn once (and one twice, to keep step), and drift to a millionth of a nat per token.
+
+    Goes red if ranks answer the same share or another prompt's seed, if rows come back in another order, or if the
+    answers are scored by another model than drew them: then drift at step 0 is not 0 to the bit.
+    """
+    one, two = trained("one") / run, trained(engine) / run
+    base, again = watch_of(one), watch_of(two)
+    assert again["prompts"] == base["prompts"] and again["answers"] == base["answers"]
+    assert again["base_logps"] == pytest.approx(base["base_logps"], rel=1e-9)
+    assert [w["answers"] for w in watched(one, 1)] == [NUM_PROMPTS]
+    assert [w["answers"] for w in watched(two, 2)] == [42, 42]
+    single, double = rows_of(one, "probe.jsonl"), rows_of(two, "probe.jsonl")
+    assert [row["step"] for row in double if row["group"] == "all"] == [0, 4, 8, 12]
+    for a, b in zip(single, double, strict=True):
+        assert a.keys() == b.keys()
+        for name in ("step", "group", "tokens", "prompts"):
+            assert a[name] == b[name], (name, a, b)
+        for name in ("drift_nats_per_token", "stderr", "entropy"):
+            assert b[name] == pytest.approx(a[name], rel=1e-6, abs=1e-7), (name, a, b)
+        if a["step"] == 0:
+            assert a["drift_nats_per_token"] == b["drift_nats_per_token"] == 0.0
+    assert double[-9]["group"] == "all" and double[-9]["drift_nats_per_token"] > 3 * double[-9]["stderr"] > 0
+
+
+@pytest.mark.parametrize("engine", SHARDED)
+@pytest.mark.parametrize("run", PROBED)
+def test_two_processes_that_go_on_keep_the_base_models_answers(trained, engine, run):
+    """Goes red if answers are drawn anew, from a model that has moved, or if a rank takes up its own share alone."""
+    whole, cut = trained(engine) / run, trained(engine) / f"cut-{run}"
+    assert json.loads((cut / "run.json").read_text())["resumed"][0]["step"] == 6
+    assert watch_of(cut) == watch_of(whole)
+    assert rows_of(cut, "probe.jsonl") == rows_of(whole, "probe.jsonl")
+    assert rows_of(cut) == rows_of(whole)
+    assert [w["answers"] for w in watched(cut, 2)] == [0, 0]
+
+
+@pytest.mark.parametrize("engine", SHARDED)
+@pytest.mark.parametrize("run", ["psft", *PROBED])
+def test_two_processes_count_the_clipped_tokens_of_one(trained, engine, run):
+    """To the last token, by epoch; written by the first rank alone; the places are texts of its own share.
+
+    Goes red if a rank's counts are left out or counted twice, if an empty micro-batch counts its borrowed row, or if
+    both ranks write. That the histograms of both are equal is in `assert_same_run`.
+    """
+    one, two = trained("one") / run, trained(engine) / run
+    single, double = (read_clipped_tokens(path / "clipped_tokens.parquet") for path in (one, two))
+    names = ("epoch", "token_id", "token", "clipped", "seen")
+    assert [[row[n] for n in names] for row in double] == [[row[n] for n in names] for row in single]
+    assert {row["epoch"] for row in double} == {1, 2} and sum(row["clipped"] for row in double) > 50
+    assert any(row["contexts"] for row in double)
+    writes = [w["tables"] for w in watched(two, 2)]
+    assert writes == [watched(one, 1)[0]["tables"], 0] and writes[0] > 0
+
+
+@pytest.mark.parametrize("engine", SHARDED)
+def test_two_processes_that_go_on_count_on(trained, engine):
+    """Goes red if what was counted before the checkpoint is lost."""
+    whole, cut = (read_clipped_tokens(trained(engine) / n / "clipped_tokens.parquet") for n in ("probed", "cut-probed"))
+    assert cut == whole
 
 
 @pytest.mark.slow
