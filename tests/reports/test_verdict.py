@@ -193,6 +193,23 @@ def test_gradient_spikes_without_a_clip_bring_the_clip_back(tmp_path):
     assert "--epsilon_high 0.28" in judge(folder)[1].command
 
 
+def test_what_stands_beside_it_is_not_advised_again(tmp_path):
+    """Goes red if SFT is told to try PSFT on a page that holds it, or is kept from it by a run of another rate."""
+
+    def forgetful(name, objective, rate):
+        folder = make_run(tmp_path / name, objective=objective, parts=("heldout",))
+        folder.append("probe.jsonl", {"step": 48, "group": "all", "drift_nats_per_token": 0.3, "stderr": 0.01})
+        info = folder.read_json("run.json")
+        folder.write_json("run.json", {**info, "config": {**info["config"], "learning_rate": rate}})
+        folder.write_json("summary.json", {"exit_reason": "finished", "steps": 48})
+        return load_run(folder, name)
+
+    sft, same, other = (forgetful(*how) for how in (("sft", "sft", 1e-5), ("a", "psft", 1e-5), ("b", "psft", 1e-6)))
+    assert "--objective psft" in next_run(sft, findings(sft), [sft, other]).command
+    advice = next_run(sft, findings(sft), [sft, other, same])
+    assert "the same with PSFT is a." in advice.why and "--learning_rate 3e-06" in advice.command
+
+
 def test_advice_is_a_command_that_psft_takes(tmp_path):
     """Every change the rules make, through psft's own parser. Goes red if a setting is misspelt."""
     from psft.cli.arguments import parse_request

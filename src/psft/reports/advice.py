@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,16 +26,19 @@ class Advice:
     command: str = ""
 
 
-def next_run(run: Run, found: Mapping[str, Finding]) -> Advice:
-    """What to run next, from one run's findings. One change: of two at once nobody learns which one helped."""
+def next_run(run: Run, found: Mapping[str, Finding], beside: Sequence[Run] = ()) -> Advice:
+    """What to run next, from one run's findings. One change: of two at once nobody learns which one helped.
+
+    beside: runs of the same report; what is among them already is not advised again.
+    """
     for rule in (_unfinished, _failed, _worse, _collapsed, _forgetful, _unsteady, _clip, _not_learned):
-        advice = rule(run, found)
+        advice = rule(run, found, beside)
         if advice is not None:
             return advice
     return _onward(run, found)
 
 
-def _unfinished(run: Run, found: Mapping[str, Finding]) -> Advice | None:
+def _unfinished(run: Run, found: Mapping[str, Finding], beside: Sequence[Run]) -> Advice | None:
     if run.is_over and not run.exit_reason.startswith("interrupted"):
         return None
     if not run.num_steps and not run.info:
@@ -54,7 +57,7 @@ def watch(run: Run) -> str:
     return shlex.join(["psft", "report", run.path, "--watch"])
 
 
-def _failed(run: Run, found: Mapping[str, Finding]) -> Advice | None:
+def _failed(run: Run, found: Mapping[str, Finding], beside: Sequence[Run]) -> Advice | None:
     if not run.exit_reason.startswith("failed"):
         return None
     if run.info.get("bad_steps"):
@@ -64,7 +67,7 @@ def _failed(run: Run, found: Mapping[str, Finding]) -> Advice | None:
     return Advice("Mend what the message names, then go on from the last checkpoint:", resume(run) or "")
 
 
-def _worse(run: Run, found: Mapping[str, Finding]) -> Advice | None:
+def _worse(run: Run, found: Mapping[str, Finding], beside: Sequence[Run]) -> Advice | None:
     name, rows = held_out(run)
     is_overfit = found["learned"].answer.endswith("worse") or any(alert.name == "overfitting" for alert in run.alerts)
     if len(rows) < 2 or not is_overfit:
@@ -76,30 +79,40 @@ def _worse(run: Run, found: Mapping[str, Finding]) -> Advice | None:
     return Advice(why, rerun(run, {"max_steps": int(best["step"])}, suffix="-shorter"))
 
 
-def _collapsed(run: Run, found: Mapping[str, Finding]) -> Advice | None:
+def _collapsed(run: Run, found: Mapping[str, Finding], beside: Sequence[Run]) -> Advice | None:
     if found["collapsed"].state != "bad":
         return None
-    if run.objective.get("name") == "sft":
-        return Advice(
-            "Entropy collapsed under SFT: the same with PSFT, whose clip holds back tokens that move too fast.",
-            rerun(run, {"objective": "psft"}, suffix="-psft"),
-        )
-    return _slower(run, "Entropy collapsed although the objective is not plain SFT: smaller steps keep it up longer.")
+    return _with_psft(run, beside, "Entropy collapsed", "smaller steps keep it up longer.")
 
 
-def _forgetful(run: Run, found: Mapping[str, Finding]) -> Advice | None:
+def _forgetful(run: Run, found: Mapping[str, Finding], beside: Sequence[Run]) -> Advice | None:
     if found["forgot"].state != "bad":
         return None
-    if run.objective.get("name") == "sft":
-        return Advice(
-            "The model forgets under SFT: the same with PSFT, which drifts less at equal held-out NLL where its clip "
-            "acts.",
-            rerun(run, {"objective": "psft"}, suffix="-psft"),
-        )
-    return _slower(run, "The model forgets: a lower learning rate drifts less.")
+    return _with_psft(run, beside, "The model forgets", "a lower learning rate drifts less.")
 
 
-def _unsteady(run: Run, found: Mapping[str, Finding]) -> Advice | None:
+def _with_psft(run: Run, beside: Sequence[Run], what: str, slower: str) -> Advice:
+    """The same with PSFT where it was SFT and that was not done yet, else smaller steps."""
+    if run.objective.get("name") != "sft":
+        return _slower(run, f"{what}: {slower}")
+    other = next((other.label for other in beside if _is_same_with_psft(run, other)), None)
+    if other is not None:
+        return _slower(run, f"{what} under SFT; the same with PSFT is {other}. To compare at smaller steps: {slower}")
+    why = f"{what} under SFT: the same with PSFT, whose clip holds back tokens that move too fast."
+    return Advice(why, rerun(run, {"objective": "psft"}, suffix="-psft"))
+
+
+def _is_same_with_psft(run: Run, other: Run) -> bool:
+    names = ("learning_rate", "max_steps", "num_train_epochs", "train_batch_size", "mini_batch_size")
+    is_alike = all(run.config.get(name) == other.config.get(name) for name in names)
+    return is_alike and other.objective.get("name") == "psft" and _rows(run) == _rows(other)
+
+
+def _rows(run: Run) -> Any:
+    return run.info.get("num_train_rows")
+
+
+def _unsteady(run: Run, found: Mapping[str, Finding], beside: Sequence[Run]) -> Advice | None:
     if not any(alert.name == "gradient_spike" for alert in run.alerts):
         return None
     if math.isinf(epsilon_high(run) or 0.0):
@@ -108,7 +121,7 @@ def _unsteady(run: Run, found: Mapping[str, Finding]) -> Advice | None:
     return _slower(run, "The gradient norm jumps far above its usual value: smaller steps are steadier.")
 
 
-def _clip(run: Run, found: Mapping[str, Finding]) -> Advice | None:
+def _clip(run: Run, found: Mapping[str, Finding], beside: Sequence[Run]) -> Advice | None:
     answer = found["clip"].answer
     if answer == "it cannot":
         size = run.config.get("train_batch_size")
@@ -124,7 +137,7 @@ def _clip(run: Run, found: Mapping[str, Finding]) -> Advice | None:
     return None
 
 
-def _not_learned(run: Run, found: Mapping[str, Finding]) -> Advice | None:
+def _not_learned(run: Run, found: Mapping[str, Finding], beside: Sequence[Run]) -> Advice | None:
     if found["learned"].state != "bad":
         return None
     rate = run.config.get("learning_rate")

@@ -98,7 +98,7 @@ def _write(
         groups=groups,
         sections=sections,
         findings=found,
-        advice={run.label: next_run(run, found[run.label]) for run in runs},
+        advice={run.label: next_run(run, found[run.label], runs) for run in runs},
         written_at=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC"),
         refresh_s=refresh_s,
         has_images=save_images is not None,
