@@ -96,7 +96,13 @@ def measure_cap(
         probe(first)
     if not probes:
         raise RunFailed(no_room_for_a_row(row_tokens))
-    probe(min(2 * first, most_tokens // row_tokens))
+    if first > 1 and not least(int(probes[0][1] <= room)):
+        # It runs now, and would not once the optimizer has its moments: a second point below it gives the line.
+        taken = peak_of(first // 2)
+        if taken is not None:
+            probes.insert(0, (first // 2 * row_tokens, taken))
+    else:
+        probe(min(2 * first, most_tokens // row_tokens))
     if len(probes) == 2:
         half = _tokens_in(room / 2, probes)
         probe(least(min(most_rows, int(half // row_tokens) if half < most_tokens else most_rows)))
