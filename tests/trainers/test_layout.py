@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from psft.errors import RequestError
-from psft.trainers.layout import aggregation_normalizer, sequence_ids
+from psft.trainers.layout import aggregation_normalizer, row_sums, sequence_ids
 
 
 def test_a_padded_row_is_one_sequence_and_a_padding_free_row_holds_several():
@@ -41,8 +41,8 @@ def test_the_two_aggregations_give_what_was_worked_out_for_verl():
     assert total("micro_batch_token_mean") == pytest.approx(1.75)
 
 
-def rows_of(trainer):
-    return [json.loads(line) for line in (Path(trainer.args.output_dir) / "metrics.jsonl").read_text().splitlines()]
+def rows_of(trainer, name="metrics.jsonl"):
+    return [json.loads(line) for line in (Path(trainer.args.output_dir) / name).read_text().splitlines()]
 
 
 def test_the_mean_of_micro_batches_depends_on_the_cut_and_its_metrics_do_not(make_trainer):
@@ -86,3 +86,30 @@ def test_the_mean_of_micro_batches_is_the_formula_of_verl(make_trainer, make_tin
 def test_an_unknown_aggregation_is_refused(make_trainer):
     with pytest.raises(RequestError, match="loss_aggregation=mean must be one of token_mean_global"):
         make_trainer(loss_aggregation="mean")
+
+
+@pytest.mark.parametrize("multiple", [None, 16])
+def test_held_out_rows_are_counted_one_by_one(multiple, make_trainer, demonstrations):
+    """Goes red if a joined row of five counts as one: its standard error would be of batches."""
+    results = {}
+    for name, settings in {
+        "padded": {},
+        "joined": {"padding_free": True, "max_length": None, "pad_to_multiple_of": multiple},
+    }.items():
+        trainer = make_trainer(name, eval_dataset=demonstrations, per_device_eval_batch_size=5, **settings)
+        trainer.recorder.is_claimed = True
+        trainer.recorder.folder.path.mkdir(exist_ok=True)
+        trainer.evaluate()
+        results[name] = rows_of(trainer, "eval.jsonl")
+    for one, other in zip(results["padded"], results["joined"], strict=True):
+        assert other["n"] == one["n"]
+        assert other["value"] == pytest.approx(one["value"]) and other["stderr"] == pytest.approx(one["stderr"])
+
+
+def test_sums_by_row_leave_out_what_fills_a_joined_row_up():
+    """A last row of one token is a row, unless zeros follow that fill the joined row up."""
+    joined = {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 0]]), "labels": torch.zeros(1, 7)}
+    values = torch.tensor([[1.0, 2.0, 0.0, 4.0, 0.0, 0.0]])
+    assert row_sums(values, joined, is_filled_up=True).tolist() == [3.0, 4.0]
+    assert row_sums(values, joined).tolist() == [3.0, 4.0, 0.0, 0.0]
+    assert row_sums(values, {"attention_mask": None}).tolist() == [7.0]

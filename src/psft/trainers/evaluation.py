@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from psft.errors import RunFailed
 from psft.trainers.device_meter import is_out_of_memory
+from psft.trainers.layout import row_sums
 from psft.trainers.stop_signal import leave_signals_to_parent
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ def token_mean_evaluation(trainer: PSFTTrainer, dataloader: DataLoader[Any], des
             for batch in bar:
                 scored = trainer._score(model, batch)
                 columns = (scored.mask, -scored.logps, scored.entropies, scored.is_top1)
-                sums = torch.stack([x.sum(1, dtype=torch.float64) for x in columns], 1)
+                is_filled_up = trainer.args.pad_to_multiple_of is not None
+                sums = torch.stack([row_sums(x, batch, is_filled_up=is_filled_up) for x in columns], 1)
                 parts.append(trainer.accelerator.gather_for_metrics(sums).cpu())
     except Exception as error:
         if not is_out_of_memory(error):

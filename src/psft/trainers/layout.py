@@ -86,6 +86,24 @@ def sequence_ids(micro_batch: dict[str, Any]) -> Tensor:
     return starts[:, 1:]
 
 
+def row_sums(values: Tensor, micro_batch: dict[str, Any], *, is_filled_up: bool = False) -> Tensor:
+    """(rows,) float64: the sum of (B, T - 1) values over each sequence, a padded row or one of a joined row.
+
+    Args:
+        is_filled_up: whether a joined row goes on, with positions of 0, to a multiple of some length. What fills it up
+            is no sequence. Finding its end makes the host wait for a device that holds the positions.
+    """
+    if "attention_mask" in micro_batch or "position_ids" not in micro_batch:
+        return values.sum(1, dtype=torch.float64)
+    positions = micro_batch["position_ids"][0]
+    if is_filled_up:
+        later = positions.nonzero()
+        positions = positions[: int(later[-1]) + 1 if len(later) else 1]
+    num_rows = int((positions == 0).sum())
+    rows = sequence_ids(micro_batch)[0].to(values.device).clamp(max=num_rows - 1)
+    return values.new_zeros(num_rows, dtype=torch.float64).index_add(0, rows, values[0].to(torch.float64))
+
+
 def aggregation_normalizer(aggregation: str, mask: Tensor, num_tokens: Tensor, share: float, world_size: int) -> Tensor:
     """What one micro-batch's sum over tokens is divided by.
 
