@@ -317,6 +317,12 @@ def test_what_cannot_be_combined_is_refused_by_name(make_trainer, settings, mess
         make_trainer(**settings)
 
 
+def test_a_data_set_without_rows_is_refused_in_words(make_trainer, demonstrations):
+    """Goes red if TRL looks at its first row: StopIteration, without a word."""
+    with pytest.raises(RequestError, match="the training set has no rows"):
+        make_trainer(train_dataset=demonstrations.select([]))
+
+
 def test_a_streaming_data_set_is_refused(make_trainer, demonstrations):
     with pytest.raises(RequestError, match="streaming"):
         make_trainer(train_dataset=demonstrations.to_iterable_dataset())

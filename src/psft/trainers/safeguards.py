@@ -32,6 +32,8 @@ def refuse_request(args: Any, train_dataset: Any, compute_loss_func: Any) -> Non
             "a streaming train_dataset has no known length, so its windows cannot be laid out. "
             "Load it without streaming=True (e.g. datasets.Dataset.from_generator)."
         )
+    if train_dataset is not None and not len(train_dataset):
+        raise RequestError("the training set has no rows. Give at least one demonstration.")
 
 
 def refuse_model(model: Any, args: PSFTConfig, *, has_router_loss: bool) -> None:
