@@ -54,6 +54,7 @@ class DurableTrainer(SFTTrainer):
     train_dataset: Any
     objective: Objective
     head_kernel: str
+    attention: str  # as transformers names it
     recorder: RunRecorder
     trust_region: TrustRegion
     watch: RunWatch

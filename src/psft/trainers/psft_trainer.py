@@ -31,6 +31,7 @@ from psft.trainers.cpu_sharding import sharding_on_cpu
 from psft.trainers.durable import DurableTrainer
 from psft.trainers.evaluation import token_mean_evaluation
 from psft.trainers.head import ADAPTER_ON_HEAD, ScoredTokens, add_token_scoring
+from psft.trainers.kept_apart import check_rows_kept_apart
 from psft.trainers.layout import (
     TrainedTokens,
     aggregation_normalizer,
@@ -114,6 +115,7 @@ class PSFTTrainer(DurableTrainer):
         refuse_model(self.model, args, has_router_loss=self.aux_loss_enabled)
         policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
         head_dtype = policy.get_output_embeddings().weight.dtype
+        self.attention = policy.config._attn_implementation
         self.head_kernel = choose_head_kernel(args.head_kernel, self.objective, args.device, head_dtype)
         self.reference = FrozenReference.of(self, ref_model)  # before the head below changes what is copied
         add_token_scoring(policy, self.head_kernel)
@@ -224,6 +226,8 @@ class PSFTTrainer(DurableTrainer):
         self._epoch_steps = deque(loader.window_sampler.steps()[self._steps_in_epoch :])
         self._window = None
         if self._epoch == kwargs["epochs_trained"]:
+            if self.padding_free:
+                check_rows_kept_apart(self)
             self.micro_batch_cap.settle()
         loader.window_sampler.cut = self.micro_batch_cap.cut()
         self._left = self._rest_of_window() if is_resumed else None

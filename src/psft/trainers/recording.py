@@ -309,6 +309,7 @@ class RunRecorder:
             "world_size": args.world_size,
             "distributed_type": self.trainer.accelerator.distributed_type.value,
             "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "attention": self.trainer.attention,
             "head_kernel": self.trainer.head_kernel,
             "matmul_precision": torch.get_float32_matmul_precision(),
             "num_threads": torch.get_num_threads(),

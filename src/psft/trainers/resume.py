@@ -96,7 +96,10 @@ def identity_of(trainer: DurableTrainer) -> dict[str, Any]:
             },
             "world_size": args.world_size,
             "seed": {"seed": args.seed, "data_seed": args.data_seed, "order": args.train_sampling_strategy},
-            "watched": {**{name: getattr(args, name) for name in _WATCHED}, "head_kernel": trainer.head_kernel},
+            "watched": {
+                **{name: getattr(args, name) for name in _WATCHED},
+                "head_kernel": trainer.head_kernel, "attention": trainer.attention,
+            },
         }
     )  # fmt: skip
 
