@@ -47,7 +47,9 @@ class ModelArguments:
     model_revision: str = _setting("main", "Revision of a hub model.")
     dtype: str = _setting("float32", "Weights: float32 (bf16 autocast computes) or bfloat16 (needs force_pure_bf16).")
     attn_implementation: str | None = _setting(
-        None, "Attention kernel of transformers, e.g. sdpa or flash_attention_2."
+        None,
+        "Attention of transformers: sdpa, flash_attention_2, flash_attention_3, flex_attention, a kernel from the hub "
+        "(kernels-community/...), or psft_varlen. Default: sdpa; with padding_free on CUDA the best that is installed.",
     )
     use_peft: bool = _setting(False, "Train a LoRA adapter instead of all weights.")
     lora_r: int = _setting(16, "LoRA rank.")

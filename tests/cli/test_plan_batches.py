@@ -7,6 +7,8 @@ import pytest
 from psft.cli.plan import run
 from psft.cli.plan_batches import padding
 from psft.cli.train import prepare_run, read_request
+from psft.errors import RequestError
+from psft.models.attention import ChosenAttention
 from psft.trainers.micro_batch_cap import caps_folder
 from psft.trainers.remembered_cap import RememberedCap, write_cap
 
@@ -64,3 +66,30 @@ def test_the_padding_shown_is_the_padding_of_training(make_trainer, request_of, 
     assert "slower on a CPU" in line_of(out, "padding  ") and "at 8192 tokens" in line_of(out, "on an accelerator")
     assert run(request_of("--padding_free", "true")) == 0
     assert line_of(capsys.readouterr().out, "padding  ").startswith("none")
+
+
+def test_the_layout_and_its_attention_are_said(request_of, capsys, monkeypatch):
+    """Goes red if plan and training would choose differently: both ask choose_attention the same."""
+    assert run(request_of()) == 0
+    assert line_of(capsys.readouterr().out, "layout").startswith("padded rows; attention: as transformers chooses")
+    assert run(request_of("--padding_free", "true", "--attn_implementation", "eager")) == 0
+    layout = line_of(capsys.readouterr().out, "layout")
+    assert layout.startswith("joined rows (padding_free); attention: eager; on a CPU it computes the whole square")
+    asked = []
+
+    def choose(requested, folder, **how):
+        asked.append((requested, folder, how))
+        return ChosenAttention("psft_varlen", "padding_free: attention is psft_varlen (torch 2.13)")
+
+    monkeypatch.setattr("psft.models.attention.choose_attention", choose)
+    assert run(request_of("--padding_free", "true")) == 0
+    layout = line_of(capsys.readouterr().out, "layout")
+    assert layout == "joined rows (padding_free); attention is psft_varlen (torch 2.13)"
+    trainer = prepare_run(read_request(request_of("--padding_free", "true"), command="train")).trainer
+    assert asked[0] == asked[1] and trainer.attention == "psft_varlen"
+    assert "attention is psft_varlen" in capsys.readouterr().out
+
+
+def test_an_attention_that_the_machine_cannot_train_is_refused_by_plan_too(request_of):
+    with pytest.raises(RequestError, match="attn_implementation=flash_attention_2 cannot be trained on a CPU"):
+        run(request_of("--attn_implementation", "flash_attention_2"))

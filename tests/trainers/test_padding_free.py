@@ -170,6 +170,20 @@ def test_pytorchs_kernel_takes_what_it_is_given():
         assert [g.dtype for g in gradients] == [torch.float32, torch.float32, torch.bfloat16]
 
 
+@pytest.mark.slow  # compiles
+def test_flex_attention_scores_joined_rows_as_sdpa_scores_padded_ones(make_trainer, make_tiny_model):
+    """Forward only: it has no backward pass on a CPU. Goes red if its block mask is not made from the positions."""
+    model = make_tiny_model(hidden_size=64)  # heads of 16, the least it takes
+    padded, rows = make_trainer("padded", model=model), ids_of(5, 1, 9, 20)
+    other = make_tiny_model(hidden_size=64)
+    other.set_attn_implementation("flex_attention")
+    joined = make_trainer("joined", model=other, **JOINED)
+    with torch.no_grad():
+        want = padded._score(model, padded.data_collator(rows))
+        got = joined._score(other, joined.data_collator(rows))
+    torch.testing.assert_close(got.logps[got.mask], want.logps[want.mask], rtol=1e-4, atol=1e-4)
+
+
 # How it trains
 
 

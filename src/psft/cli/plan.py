@@ -293,7 +293,7 @@ def _micro_batches(
     lengths = None if found.prepared is None else row_lengths(found.prepared.dataset)
     name = model.model_name_or_path
     folder = None if name is None else local_folder(name, model.model_revision)
-    return micro_batch_facts(lengths, folder, settings, objective, num_ranks=launch.num_processes or 1)
+    return micro_batch_facts(lengths, folder, model, settings, objective, num_ranks=launch.num_processes or 1)
 
 
 def _costs(

@@ -15,19 +15,27 @@ _MINI_BATCHES_LOOKED_AT = 64
 
 
 def micro_batch_facts(
-    lengths: Sequence[int] | None, model_folder: Path | None, settings: Any, objective: Objective, *, num_ranks: int
+    lengths: Sequence[int] | None,
+    model_folder: Path | None,
+    arguments: Any,
+    settings: Any,
+    objective: Objective,
+    *,
+    num_ranks: int,
 ) -> list[tuple[str, str]]:
     """Lines of text: name and value.
 
     Args:
         lengths: tokens of each training row; None if they are not at hand.
         model_folder: with the model's config.json; None if it is not at hand.
-        settings: a resolved `PSFTConfig`.
+        arguments: `ModelArguments`. settings: a resolved `PSFTConfig`.
+    Raises:
+        RequestError: an attention that this machine cannot train, or none for padding_free on its accelerator.
     """
     from psft.trainers.micro_batch_cap import UNMEASURED_TOKENS
 
     cap, how = _cap(lengths, model_folder, settings, objective, num_ranks)
-    facts = [("largest micro-batch", how)]
+    facts = [("layout", _layout(model_folder, arguments, settings)), ("largest micro-batch", how)]
     if not lengths:
         return facts
     if settings.padding_free:
@@ -41,6 +49,27 @@ def micro_batch_facts(
     elsewhere, _ = padding(lengths, settings, there, on_cpu=False, num_ranks=num_ranks)
     facts.append(("padding", f"{share:.1%} of the tokens that are computed (padding_free=true is slower on a CPU)"))
     return [*facts, ("on an accelerator", f"{elsewhere:.1%} at {there} tokens; there padding_free=true would save it")]
+
+
+def _layout(model_folder: Path | None, arguments: Any, settings: Any) -> str:
+    from psft.models.attention import choose_attention
+
+    device_type = settings.device.type
+    attention = choose_attention(
+        arguments.attn_implementation,
+        model_folder,
+        padding_free=bool(settings.padding_free),
+        is_half=bool(settings.bf16 or settings.fp16 or arguments.dtype == "bfloat16"),
+        device_type=device_type,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    named = attention.name or "as transformers chooses (sdpa where the model has it)"
+    if not settings.padding_free:
+        return f"padded rows; attention: {named}"
+    if attention.why is not None:
+        return attention.why.replace("padding_free:", "joined rows (padding_free);")
+    slower = "; on a CPU it computes the whole square, and padded rows are faster" if device_type == "cpu" else ""
+    return f"joined rows (padding_free); attention: {named}{slower}"
 
 
 def padding(lengths: Sequence[int], settings: Any, cap: int, *, on_cpu: bool, num_ranks: int) -> tuple[float, float]:

@@ -154,6 +154,7 @@ def prepare_run(request: Request) -> PreparedRun:
         RequestError: unusable data, model or combination, or an output folder that holds another run.
     """
     from psft.models import load_model, load_tokenizer, resolve_model
+    from psft.models.attention import choose_attention
     from psft.ops.precision import choose_cpu_matmul_precision
     from psft.runs import RunFolder
     from psft.trainers import PSFTTrainer
@@ -166,7 +167,7 @@ def prepare_run(request: Request) -> PreparedRun:
         folder.claim(overwrite=False)  # raises: it holds another run
     choose_cpu_matmul_precision()
     trusted = {"trust_remote_code": config.trust_remote_code, "allow_pickle": config.allow_pickle}
-    resolve_model(request.model_name, model.model_revision, None, **trusted)
+    model_folder = resolve_model(request.model_name, model.model_revision, None, **trusted)
     tokenizer = load_tokenizer(request.model_name, config.chat_template_path, model.model_revision, **trusted)
     config.chat_template_path = None  # the tokenizer has it now
     # Rows arrive tokenised, cut and checked: TRL has nothing left to prepare.
@@ -182,11 +183,21 @@ def prepare_run(request: Request) -> PreparedRun:
             raise
         for name, part in prepared.items() if config.process_index == 0 else ():
             print(_data_line(name, part.report))
+        attention = choose_attention(
+            model.attn_implementation,
+            model_folder,
+            padding_free=config.padding_free,
+            is_half=bool(config.bf16 or config.fp16 or model.dtype == "bfloat16"),
+            device_type=config.device.type,
+            trust_remote_code=config.trust_remote_code,
+        )
+        if attention.why is not None and config.process_index == 0:
+            print(attention.why)
         weights = load_model(
             request.model_name,
             dtype=model.dtype,
             force_pure_bf16=config.force_pure_bf16,
-            attn_implementation=model.attn_implementation,
+            attn_implementation=attention.name,
             revision=model.model_revision,
             **trusted,
         )

@@ -49,7 +49,7 @@ class ChosenAttention:
 
 def choose_attention(
     requested: str | None,
-    folder: Path,
+    folder: Path | None,
     *,
     padding_free: bool,
     is_half: bool,
@@ -62,7 +62,7 @@ def choose_attention(
 
     Args:
         requested: `attn_implementation`, or None.
-        folder: of the model, with its config.json.
+        folder: of the model, with its config.json; None if it is not at hand: then nothing is chosen yet.
         is_half: whether products are computed in half precision, by autocast or by the weights.
         device_type: "cpu", "cuda", ... where it will train.
     Raises:
@@ -72,6 +72,8 @@ def choose_attention(
         _check_requested(requested, is_half=is_half, device_type=device_type)
     if requested is not None or not padding_free or device_type != "cuda":
         return ChosenAttention(requested)
+    if folder is None:
+        return ChosenAttention(None, "padding_free: attention is chosen once the model is at hand")
     config, model_class = _model(folder, trust_remote_code=trust_remote_code)
     if model_class is None:
         return ChosenAttention(None, "padding_free: the model brings its own code, and its attention stays as it is")

@@ -249,6 +249,8 @@ def load_model(
     import torch
     from transformers import AutoModelForCausalLM
 
+    from psft.models import varlen  # noqa: F401  # makes psft_varlen known
+
     check_dtype(dtype, force_pure_bf16=force_pure_bf16)
     folder = resolve_model(name, revision, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     try:
