@@ -47,12 +47,13 @@ class HostReads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("layout", [{}, {"padding_free": True, "max_length": None}], ids=["padded", "padding-free"])
-@pytest.mark.parametrize("form", ["psft", "sft_kl-full", "sft_kl-k3", "gem-linear", "eaft-paper"])
+@pytest.mark.parametrize("form", ["psft", "sft_kl-full", "sft_kl-k3", "iw_sft-sequence", "gem-linear", "eaft-paper"])
 def test_no_micro_batch_makes_the_host_wait(form, layout, make_trainer, tmp_path, monkeypatch):
-    """Watched: the old pass and the training step, but for what is read off the host's own data, the model's body
-    (transformers 5.23 asks once a forward pass whether sequences are packed), and once a run the comparison of passes.
+    """Watched: the old pass and the training step with the model's body, but for what is read off the host's own data,
+    and once a run the comparison of passes.
 
-    Goes red if hidden states or labels are picked by a mask, or a loss, a count or a factor is read in between.
+    Goes red if hidden states or labels are picked by a mask, a loss, a count or a factor is read in between, sequences
+    are counted, or transformers asks whether rows are joined.
     """
     monkeypatch.setattr(sys.modules["psft.ops.token_loss"], "_is_one", lambda factor: False)  # as on an accelerator
     cache = {"ref_cache_dir": str(tmp_path / "cache")} if needs_cache(form) else {}
@@ -70,17 +71,8 @@ def test_no_micro_batch_makes_the_host_wait(form, layout, make_trainer, tmp_path
 
         return call
 
-    def body_of(model):
-        original = model.model.forward
-
-        def body(*args, **kwargs):
-            forwards.append(1)
-            return reads.paused(original)(*args, **kwargs)
-
-        return body
-
     for model in models:
-        model.model.forward = body_of(model)
+        model.model.register_forward_pre_hook(lambda *_: forwards.append(1))
     for name in ("_model_inputs", "_compare_passes"):
         setattr(trainer, name, reads.paused(getattr(trainer, name)))
     if trainer.reference is not None:

@@ -7,9 +7,7 @@ CUDA from compute capability 8.0 on, in half precision. Nothing has to be instal
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,11 +18,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from psft.errors import RequestError
+from psft.models.joined import rows_are_joined
 
 NAME = "psft_varlen"
 _LACKING = {"softcap": "soft-capped scores", "s_aux": "attention sinks", "position_bias": "a position bias"}
-
-_is_joined = False
 
 
 def is_in_pytorch() -> bool:
@@ -34,17 +31,6 @@ def is_in_pytorch() -> bool:
     except ImportError:
         return False
     return "num_splits" in inspect.signature(varlen_attn).parameters
-
-
-@contextlib.contextmanager
-def rows_are_joined(is_joined: bool) -> Iterator[None]:
-    """Around a forward pass that is given the borders of joined rows: no T x T mask of them is made for `NAME`."""
-    global _is_joined
-    before, _is_joined = _is_joined, is_joined
-    try:
-        yield
-    finally:
-        _is_joined = before
 
 
 def attention(
@@ -106,7 +92,7 @@ def attention(
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    return None if _is_joined else sdpa_mask(*args, **kwargs)
+    return None if rows_are_joined() else sdpa_mask(*args, **kwargs)
 
 
 AttentionInterface.register(NAME, attention)

@@ -89,8 +89,10 @@ def iw_sft_token_loss(
 
 def _sequence_means(values: Tensor, sequence_ids: Tensor, completion_mask: Tensor) -> Tensor:
     """(B, T): the mean of `values`, 0 behind the mask, over the counted tokens of each token's sequence."""
-    # Renumbered from 0, ids of any size (padding's too) index a buffer no longer than the tokens.
-    dense_ids = sequence_ids.unique(return_inverse=True)[1].flatten()
+    # Ids of any size (padding's too) become places in a buffer as long as the tokens: an id's first place when sorted.
+    # `unique` would do it too, but the host would wait for a device to tell how many there are.
+    ids = sequence_ids.flatten().contiguous()
+    dense_ids = torch.searchsorted(ids.sort()[0], ids)
     sums = values.new_zeros(values.numel()).index_add(0, dense_ids, values.flatten())
     counts = torch.zeros_like(sums).index_add(0, dense_ids, completion_mask.flatten().to(sums.dtype))
     return (sums / counts.clamp(min=1))[dense_ids].view_as(values)

@@ -12,6 +12,7 @@ from psft.data.render import decode
 from psft.ops import IGNORE_INDEX
 from psft.runs.clipped_tokens import FILE_NAME, read_clipped_tokens, write_clipped_tokens
 from psft.runs.rows import ClippedTokenRow
+from psft.trainers.transfer import to_device
 
 if TYPE_CHECKING:
     from psft.trainers.psft_trainer import PSFTTrainer
@@ -54,7 +55,7 @@ class ClippedTokens:
         if self._counts is None:
             words = self.trainer.model.get_input_embeddings().weight.shape[0]
             self._counts = torch.zeros(2, words, dtype=torch.int64, device=mask.device)
-        labels = micro_batch["labels"].to(mask.device, non_blocking=True)
+        labels = to_device(micro_batch["labels"], mask.device)
         targets = labels[:, 1:].clamp(min=0).flatten()  # what is ignored adds 0 to token 0
         self._counts[0].scatter_add_(0, targets, clipped.flatten().long())
         self._counts[1].scatter_add_(0, targets, mask.flatten().long())

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from psft.errors import RequestError
-from psft.models.varlen import rows_are_joined
+from psft.models.joined import known_rows
 from psft.ops import TokenStatistics, token_loss, token_statistics
 from psft.trainers.bound_objective import BoundObjective
 from psft.trainers.layout import TrainedTokens
@@ -86,7 +86,7 @@ def add_token_scoring(model: PreTrainedModel, head_kernel: str = "torch") -> Non
             return original_forward(*args, **kwargs)
         labels = kwargs.pop("labels")
         kwargs["use_cache"] = False
-        with rows_are_joined("cu_seq_lens_q" in kwargs):
+        with known_rows(kwargs):
             hidden = self.base_model(*args, **kwargs).last_hidden_state
         tokens = TrainedTokens.of(labels, trained_positions)
         head = self.get_output_embeddings()

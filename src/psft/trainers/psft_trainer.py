@@ -53,6 +53,7 @@ from psft.trainers.safeguards import (
 from psft.trainers.stop_signal import leave_signals_to_parent
 from psft.trainers.telemetry import StepTelemetry
 from psft.trainers.trackers import keep_for_trackers
+from psft.trainers.transfer import to_device
 from psft.trainers.trl_kernel import choose_head_kernel
 from psft.trainers.trust_region import TrustRegion
 from psft.trainers.watching import RunWatch
@@ -317,10 +318,9 @@ class PSFTTrainer(DurableTrainer):
         inputs["trained_positions"] = TrainedTokens.of(inputs["labels"]).positions
         if hides_right_padding_only(inputs.get("attention_mask")):
             del inputs["attention_mask"]
-        if self.args.device.type == "cuda":  # from pinned memory, so that no copy makes the host wait for the device
-            for name, value in inputs.items():
-                if isinstance(value, Tensor) and value.device.type == "cpu":
-                    inputs[name] = value.pin_memory().to(self.args.device, non_blocking=True)
+        for name, value in inputs.items():
+            if isinstance(value, Tensor):
+                inputs[name] = to_device(value, self.args.device)
         return self._prepare_inputs(inputs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -388,9 +388,10 @@ class PSFTTrainer(DurableTrainer):
         if objective.needs_ref_logps:
             assert self.reference is not None
             mask = micro_batch["labels"][:, 1:] != IGNORE_INDEX
-            constants["ref_logps"] = self.reference.target_logps(micro_batch[ROW_NUMBERS], mask).to(device)
+            ref_logps = self.reference.target_logps(micro_batch[ROW_NUMBERS], mask)
+            constants["ref_logps"] = to_device(ref_logps, device)
         if "sequence_ids" in objective.needs:
-            constants["sequence_ids"] = sequence_ids(micro_batch).to(device)
+            constants["sequence_ids"] = to_device(sequence_ids(micro_batch), device)
         reference = None
         if objective.needs_ref_vocabulary:
             assert self.reference is not None
