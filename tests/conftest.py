@@ -6,6 +6,7 @@ Nothing downloads. Heavy imports stay inside the fixtures, so tests of rooms wit
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,17 @@ from typing import Any
 import hypothesis
 import pytest
 
+from psft.machine import cache_folder
+
 hypothesis.settings.register_profile("psft", deadline=None)  # machines that run tests are shared: time says nothing
 hypothesis.settings.load_profile("psft")
 
 for _name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ.setdefault(_name, "1")  # a test that reaches for the network fails at once instead of waiting for it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+_cache = tempfile.TemporaryDirectory(prefix="psft-test-cache-")
+(Path(_cache.name) / "models").symlink_to(cache_folder() / "models")  # the quick-start model, if it is there
+os.environ["PSFT_CACHE"] = _cache.name  # what else tests keep is neither found by a later run nor left behind
 
 CHATML_TEMPLATE = (
     "{% for message in messages %}"

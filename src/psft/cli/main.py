@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -44,7 +46,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(name: str, argv: list[str]) -> int:
     try:
-        code = importlib.import_module(COMMANDS[name][0]).run(argv)
+        is_asked_for_help = bool({"-h", "--help"} & set(argv))
+        code = (
+            _print_help_page(name, argv) if is_asked_for_help else importlib.import_module(COMMANDS[name][0]).run(argv)
+        )
         sys.stdout.flush()
         return int(code or 0)
     except RequestError as error:
@@ -67,6 +72,25 @@ def _run(name: str, argv: list[str]) -> int:
     except Exception:
         traceback.print_exc()
         return 1
+
+
+def _print_help_page(name: str, argv: list[str]) -> int:
+    """Print what `psft NAME --help` prints, as it was kept or by the command itself. Returns the exit code."""
+    from psft.cli.help_pages import keep_page, kept_page
+
+    page, code = kept_page(name), 0
+    if page is None:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            try:
+                code = int(importlib.import_module(COMMANDS[name][0]).run(argv) or 0)
+            except SystemExit as stop:
+                if stop.code:
+                    raise
+        page = printed.getvalue()
+        if code == 0:
+            keep_page(name, page)
+    print(page, end="")
+    return code
 
 
 def _help() -> str:

@@ -60,19 +60,24 @@ def run(argv: list[str]) -> int:
         RequestError: what `psft train` would refuse: unknown settings, contradictions, unusable local data.
     """
     from psft.cli.arguments import parse_request
+    from psft.cli.imports import without_collection
     from psft.cli.objective_choice import leave_out_other_objective
-    from psft.cli.objective_facts import objective_facts
     from psft.config import DataArguments, LaunchArguments, ModelArguments
     from psft.models.architectures import find_architecture
     from psft.models.resolve import check_dtype
     from psft.recipes import load_recipe
-    from psft.trainers.psft_config import PSFTConfig
 
-    sections = (DataArguments, ModelArguments, PSFTConfig, LaunchArguments)
-    given = parse_request(argv, sections, command="plan", load_recipe=load_recipe, reconcile=leave_out_other_objective)
-    data, model = DataArguments(**given[DataArguments]), ModelArguments(**given[ModelArguments])
-    launch = LaunchArguments(**given[LaunchArguments])
-    settings = _settings(PSFTConfig, given[PSFTConfig])
+    with without_collection():
+        from psft.cli.objective_facts import objective_facts
+        from psft.trainers import PSFTConfig
+
+        sections = (DataArguments, ModelArguments, PSFTConfig, LaunchArguments)
+        given = parse_request(
+            argv, sections, command="plan", load_recipe=load_recipe, reconcile=leave_out_other_objective
+        )
+        data, model = DataArguments(**given[DataArguments]), ModelArguments(**given[ModelArguments])
+        launch = LaunchArguments(**given[LaunchArguments])
+        settings = _settings(PSFTConfig, given[PSFTConfig])
     _check_shares(settings, launch)
     check_dtype(model.dtype, force_pure_bf16=settings.force_pure_bf16)
     architecture = (
@@ -290,7 +295,7 @@ def _micro_batches(
     from psft.data.table import row_lengths
     from psft.models.resolve import local_folder
 
-    lengths = None if found.prepared is None else row_lengths(found.prepared.dataset)
+    lengths = None if found.prepared is None else row_lengths(found.prepared.table)
     name = model.model_name_or_path
     folder = None if name is None else local_folder(name, model.model_revision)
     return micro_batch_facts(lengths, folder, model, settings, objective, num_ranks=launch.num_processes or 1)

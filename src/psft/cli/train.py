@@ -60,10 +60,13 @@ def read_request(argv: Sequence[str], *, command: str) -> Request:
         RequestError: unknown or contradictory settings, or none for the model or the data.
     """
     from psft.cli.arguments import parse_request
+    from psft.cli.imports import without_collection
     from psft.cli.objective_choice import leave_out_other_objective
     from psft.config import DataArguments, LaunchArguments, ModelArguments
     from psft.recipes import load_recipe
-    from psft.trainers import PSFTConfig
+
+    with without_collection():
+        from psft.trainers import PSFTConfig
 
     sections = [PSFTConfig, DataArguments, ModelArguments, LaunchArguments]
     per_section = parse_request(
@@ -81,7 +84,8 @@ def read_request(argv: Sequence[str], *, command: str) -> Request:
         settings.setdefault("eval_on_start", True)
         settings.setdefault("eval_strategy", "steps" if "eval_steps" in settings else "epoch")
     try:
-        config = PSFTConfig(**settings)
+        with without_collection():  # transformers imports some more of itself now
+            config = PSFTConfig(**settings)
     except RequestError:
         raise
     except (ValueError, TypeError) as error:  # transformers and TRL check their own settings this way
@@ -153,11 +157,14 @@ def prepare_run(request: Request) -> PreparedRun:
     Raises:
         RequestError: unusable data, model or combination, or an output folder that holds another run.
     """
-    from psft.models import load_model, load_tokenizer, resolve_model
-    from psft.models.attention import choose_attention
+    from psft.cli.imports import without_collection
     from psft.ops.precision import choose_cpu_matmul_precision
     from psft.runs import RunFolder
-    from psft.trainers import PSFTTrainer
+
+    with without_collection():
+        from psft.models import load_model, load_tokenizer, resolve_model
+        from psft.models.attention import choose_attention
+        from psft.trainers import PSFTTrainer
 
     config, data, model = request.config, request.data, request.model
     folder = RunFolder(request.output_dir)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import unicodedata
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,10 +65,18 @@ class DataReport:
 
 @dataclass(frozen=True)
 class Prepared:
-    """`dataset` has the columns input_ids and labels (aligned, not shifted; -100 = not trained)."""
+    """table: Arrow, columns input_ids and labels (aligned, not shifted; -100 = not trained)."""
 
-    dataset: datasets.Dataset
+    table: Any
     report: DataReport
+
+    @cached_property
+    def dataset(self) -> datasets.Dataset:
+        """The table as a data set of `datasets`, which a plan does without: its import takes most of a second."""
+        import datasets
+
+        # Without a name of its own, `datasets` would find one by reading every row
+        return datasets.Dataset(self.table, fingerprint=uuid.uuid4().hex)
 
 
 @dataclass
@@ -145,12 +155,12 @@ def prepare_dataset(
     if rejected_path is not None and tally.rejections:
         _write_rejections(Path(rejected_path), tally.rejections)
     _stop_on_bad_rows(source, tally, on_bad_row, max_length)
-    return Prepared(_to_dataset(tally), _make_report(source, format, tally, renderer.end_token))
+    return Prepared(_to_table(tally), _make_report(source, format, tally, renderer.end_token))
 
 
 def render_example(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, index: int = 0) -> str:
     """One sequence as text: a line saying how to read it, then trained tokens between ⟦ and ⟧, special tokens shown."""
-    row = prepared.dataset[index]
+    row = prepared.table.slice(index, 1).to_pylist()[0]
     is_trained = [label != IGNORE_INDEX for label in row["labels"]]
     text, start = [], 0
     for stop in range(1, len(is_trained) + 1):
@@ -241,19 +251,21 @@ def _to_arrow(rows: list[tuple[list[int], list[int]]]) -> Any:
     """A batch as two int32 list columns: a twentieth of what Python lists of ints take."""
     import pyarrow as pa
 
-    offsets = np.cumsum([0, *(len(ids) for ids, _ in rows)], dtype=np.int32)
+    def int32(values: np.ndarray) -> Any:  # `pa.array` would import pandas, to ask whether they are a series of its own
+        return pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values)])
+
+    offsets = int32(np.cumsum([0, *(len(ids) for ids, _ in rows)], dtype=np.int32))
     columns = []
     for column in zip(*rows, strict=True):
         values = np.concatenate([np.asarray(one, dtype=np.int32) for one in column])
-        columns.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(values)))
+        columns.append(pa.ListArray.from_arrays(offsets, int32(values)))
     return pa.RecordBatch.from_arrays(columns, names=["input_ids", "labels"])
 
 
-def _to_dataset(tally: _Tally) -> datasets.Dataset:
-    import datasets
+def _to_table(tally: _Tally) -> Any:
     import pyarrow as pa
 
-    return datasets.Dataset(pa.Table.from_batches(tally.batches))
+    return pa.Table.from_batches(tally.batches)
 
 
 def _write_rejections(path: Path, rejections: list[Rejection]) -> None:

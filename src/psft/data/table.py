@@ -31,18 +31,26 @@ def dataset_digest(dataset: Any) -> str:
 
 
 def row_lengths(dataset: Any) -> list[int]:
-    """Tokens of every row."""
+    """Tokens of every row of an Arrow table or any map-style data set; one of `datasets` is read as Arrow."""
+    import pyarrow as pa
+
+    if isinstance(dataset, pa.Table):
+        return _list_lengths(dataset["input_ids"])
     is_arrow = hasattr(dataset, "select_columns") and "input_ids" in dataset.column_names
     if not is_arrow:  # plain rows, or rows that are made as they are read
         return [len(dataset[number]["input_ids"]) for number in range(len(dataset))]
-    import pyarrow.compute as pc
-
     column = dataset.select_columns("input_ids").with_format("arrow")
     lengths: list[int] = []
     for start in range(0, len(dataset), _ROWS_AT_A_TIME):
         block = column[start : min(start + _ROWS_AT_A_TIME, len(dataset))]
-        lengths += pc.list_value_length(block["input_ids"]).to_pylist()
+        lengths += _list_lengths(block["input_ids"])
     return lengths
+
+
+def _list_lengths(column: Any) -> list[int]:
+    import pyarrow.compute as pc
+
+    return pc.list_value_length(column).to_pylist()  # type: ignore[no-any-return]
 
 
 def _add(digest: Any, array: Any) -> None:

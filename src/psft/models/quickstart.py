@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from psft.errors import RequestError
+from psft.machine import cache_folder
 
 NAME = "smollm2-135m-instruct"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -43,14 +43,6 @@ Build = Callable[[Path, Path, Say], dict[str, str]]
 
 class DamagedDownload(RuntimeError):
     """What arrived is not what was asked for: truncated, or another file under the same name."""
-
-
-def cache_folder() -> Path:
-    """psft's cache: $PSFT_CACHE, else $XDG_CACHE_HOME/psft, else ~/.cache/psft. Not created here."""
-    if named := os.environ.get("PSFT_CACHE"):
-        return Path(named).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base).expanduser() if base else Path.home() / ".cache") / "psft"
 
 
 def is_built(cache: Path | None = None) -> bool:

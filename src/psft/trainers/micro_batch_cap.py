@@ -25,9 +25,9 @@ from torch.distributed.tensor import DTensor
 from psft import __version__
 from psft.data.microbatch import ACCELERATOR_OVERHEAD_TOKENS, CPU_OVERHEAD_TOKENS, Cut
 from psft.errors import RunFailed
+from psft.machine import cache_folder
 from psft.models.architectures import from_settings
 from psft.models.estimate import activation_bytes_per_token
-from psft.models.quickstart import cache_folder
 from psft.trainers.cap_measuring import SAFE_SHARE, measure_cap, no_room_for_a_row
 from psft.trainers.cap_rehearsal import Rehearsal
 from psft.trainers.device_meter import DeviceMeter, meter_of

@@ -15,7 +15,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from psft.data.microbatch import ROW_NUMBER, ROW_NUMBERS, MiniBatchCollator, NumberedRows, cut_by_tokens
 from psft.errors import RequestError
-from psft.models.quickstart import cache_folder
+from psft.machine import cache_folder
 from psft.trainers.reference_cache import (
     LogpTable,
     key_of,
