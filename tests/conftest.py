@@ -23,6 +23,7 @@ for _name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ.setdefault(_name, "1")  # a test that reaches for the network fails at once instead of waiting for it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _cache = tempfile.TemporaryDirectory(prefix="psft-test-cache-")
+(cache_folder() / "models").mkdir(parents=True, exist_ok=True)
 (Path(_cache.name) / "models").symlink_to(cache_folder() / "models")  # the quick-start model, if it is there
 os.environ["PSFT_CACHE"] = _cache.name  # what else tests keep is neither found by a later run nor left behind
 
