@@ -73,3 +73,18 @@ def _unwrapped(content: str) -> str:
     while (opening := _BOX.match(content)) is not None and _closing(content, opening.end()) == len(content) - 1:
         content = content[opening.end() : -1].strip()
     return content
+
+
+_STATED = re.compile(
+    r"(?:^[ \t]*####|^[ \t]*A:|(?:\*\*)?(?i:answer)(?:\*\*)?(?i:\s+is)?:?(?<=[:s*])(?:\*\*)?:?)"
+    r"[ \t]*(?P<answer>[^\n]*\S)",
+    re.MULTILINE,
+)
+_SENTENCE = re.compile(r"(\$[^$]*\$|\\\(.*?\\\)|\S(?:[^.\n]|\.(?=\d))*)")
+
+
+def stated_answer(text: str) -> str | None:
+    """What follows the last "the answer is", "Answer:", `####` or line beginning "A:", up to the sentence's end."""
+    found = [match.group("answer") for match in _STATED.finditer(text)]
+    sentence = _SENTENCE.match(found[-1].strip(" *")) if found else None
+    return sentence.group(1).strip(" *") if sentence else None

@@ -11,7 +11,9 @@ from psft.errors import RequestError
 from psft.rewards.base import Grader
 
 _REGISTERED = {
+    "math": "psft.rewards.mathematics:MathGrader",
     "choice": "psft.rewards.choice:ChoiceGrader",
+    "ifeval": "psft.rewards.instructions:InstructionGrader",
 }
 """Name -> module:class. The class's constructor takes the grader's settings as keywords."""
 
@@ -25,7 +27,8 @@ def get_grader(name: str, **settings: Any) -> Grader:
 
     Args:
         name: math, choice or ifeval.
-        settings: of that grader; each has a default. math: policy, require_boxed, relative_tolerance. ifeval: is_loose.
+        settings: of that grader; each has a default. math: policy, require_boxed, relative_tolerance. ifeval: is_loose,
+            nltk_data.
     Raises:
         RequestError: no such grader or setting (with the nearest), or a wrong value.
     """

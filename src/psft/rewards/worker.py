@@ -1,4 +1,4 @@
-"""A process that grades rows for `psft.rewards.pool`: `python -m psft.rewards.worker FD`.
+"""A process that grades rows for `psft.rewards.pool`, which starts an interpreter that calls `serve`.
 
 A fresh interpreter instead of a fork: the parent may hold threads, a GPU, or a `__main__` without a guard. It has one
 thread, the main one, and is told rows over a socket. Time is counted in processor seconds, so that a busy machine times
@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import resource
 import signal
-import sys
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
@@ -95,10 +94,11 @@ def _raise_time_is_up(signum: int, frame: Any) -> None:
     raise _TimeIsUp
 
 
-if __name__ == "__main__":
+def serve(descriptor: int) -> None:
+    """All that this process does. descriptor: of its end of the socket."""
     signal.signal(signal.SIGVTALRM, _raise_time_is_up)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends the workers
     with contextlib.suppress(ValueError, OSError):  # a lower limit is set already
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    main(Connection(int(sys.argv[1])))
+    main(Connection(descriptor))
