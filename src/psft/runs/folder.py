@@ -129,7 +129,7 @@ class RunFolder:
         line = _encoded(json.dumps(to_json(row), ensure_ascii=False, allow_nan=False)) + b"\n"
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / name
-        _cut_torn_end(path)
+        cut_torn_end(path)
         with open(path, "ab", buffering=0) as file:
             file.write(line)
 
@@ -225,7 +225,8 @@ def _umask() -> int:
     return mask
 
 
-def _cut_torn_end(path: Path) -> None:
+def cut_torn_end(path: Path) -> None:
+    """Cut off what follows the last newline of a file of lines: a row that a crash left half written."""
     try:
         with open(path, "rb+") as file:
             size = file.seek(0, os.SEEK_END)
