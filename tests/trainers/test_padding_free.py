@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -139,6 +141,15 @@ def test_calls_without_borders_are_those_of_sdpa(with_attention, tiny_model):
         assert torch.equal(one, other)
 
 
+def test_the_trainer_alone_makes_psft_varlen_known():
+    """In a process of its own. Goes red if nothing that the trainer imports registers the name."""
+    code = (
+        "from psft import PSFTTrainer; from transformers import AttentionInterface as A; "
+        "raise SystemExit('psft_varlen' not in A._global_mapping)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 @pytest.mark.parametrize(
     "lacked", [{"softcap": 5.0}, {"s_aux": torch.zeros(1)}, {"dropout": 0.1}, {"is_causal": False}]
 )
@@ -258,6 +269,15 @@ def test_an_attention_that_looks_across_borders_is_refused_by_name(with_attentio
     with pytest.raises(RequestError, match="attn_implementation=fake_leaky does not keep them apart.*row in front"):
         trainer.train()
     with_attention(fake_attention.LEAKY, "padded").train()  # it needs no borders there
+
+
+def test_a_small_leak_is_refused_too(with_attention):
+    """A thousandth of the first token gets into all others: far less than rounding is allowed to move. Goes red if the
+    leak is held against the looser of the two limits."""
+    trainer = with_attention("psft_varlen", **JOINED)
+    trainer.model.get_input_embeddings().register_forward_hook(lambda m, args, out: out + 0.001 * out[:, :1])
+    with pytest.raises(RequestError, match="another row in front changes log-probs by 0.0[1-9]"):
+        trainer.train()
 
 
 def test_positions_that_go_on_are_refused(with_attention):

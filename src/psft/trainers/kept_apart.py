@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from psft.errors import RequestError
+from psft.models.varlen import NAME as VARLEN  # the import makes the name known to transformers
 
 if TYPE_CHECKING:
     from psft.trainers.psft_trainer import PSFTTrainer
@@ -34,8 +35,9 @@ def check_rows_kept_apart(trainer: PSFTTrainer) -> None:
     if attention in ("sdpa", "eager") and trainer.args.device.type == "cuda":
         logger.warning(
             "padding_free=true with %s computes a whole square of each micro-batch. Load the model with "
-            "attn_implementation=psft_varlen, which needs nothing installed, or with a flash-attn.",
+            "attn_implementation=%s, which needs nothing installed, or with a flash-attn.",
             attention,
+            VARLEN,
         )
     model = trainer.model
     modes = [(module, module.training) for module in model.modules()]
@@ -57,7 +59,7 @@ def check_rows_kept_apart(trainer: PSFTTrainer) -> None:
             if not leaked <= _MOST_LEAKED
             else f"log-probs change by {moved:.2g} nats where a row comes second, as if positions went on."
         )
-        + " Use flash_attention_2, psft_varlen, flex_attention or sdpa, or set padding_free=false."
+        + f" Use flash_attention_2, {VARLEN}, flex_attention or sdpa, or set padding_free=false."
     )
 
 
