@@ -7,6 +7,7 @@ import torch
 from forms import FORMS, needs_cache
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from psft.trainers.clipped_tokens import ClippedTokens
 from psft.trainers.layout import TrainedTokens, hides_right_padding_only
 
 READS = {
@@ -81,6 +82,42 @@ def test_no_micro_batch_makes_the_host_wait(form, layout, make_trainer, tmp_path
         setattr(trainer, name, watched(getattr(trainer, name)))
     trainer.train()
     assert reads.found == [] and len(forwards) > 6
+
+
+class Copies(TorchDispatchMode):
+    """Copies from the CPU to the meta device, which stands for an accelerator: whether the host would wait for each."""
+
+    def __init__(self):
+        super().__init__()
+        self.is_blocking = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.ops.aten._to_copy.default and str(kwargs.get("device")) == "meta":
+            self.is_blocking.append(not kwargs.get("non_blocking"))
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("form", ["iw_sft-sequence", "sft_kl-k3"])
+def test_no_copy_to_the_device_makes_the_host_wait(form, make_trainer, tmp_path, monkeypatch):
+    """Inputs, cached reference log-probs, sequence numbers, labels for the clip counts. Goes red at a plain `.to`."""
+    trainer = make_trainer(
+        objective=form.split("-")[0], ref_cache_dir=str(tmp_path), max_steps=1, padding_free=True, max_length=None,
+        **FORMS[form],
+    )  # fmt: skip
+    trainer.train()
+    micro_batch = next(iter(trainer.get_train_dataloader()))["micro_batches"][0]
+    mask = (micro_batch["labels"][:, 1:] != -100).to("meta")
+    counts = ClippedTokens(trainer)
+    monkeypatch.setattr(type(trainer.args), "device", torch.device("meta"))
+    with Copies() as copies:
+        trainer._model_inputs(micro_batch)
+        num_inputs = len(copies.is_blocking)
+        trainer._bound_objective(0, micro_batch, torch.ones(()))
+        num_constants = len(copies.is_blocking) - num_inputs
+        counts.add(micro_batch, mask, mask, 1)
+    assert num_inputs >= 3 and num_constants == 1 + ("sequence_ids" in trainer.objective.needs)
+    assert len(copies.is_blocking) == num_inputs + num_constants + 1 and not any(copies.is_blocking)
 
 
 def test_the_watch_sees_a_mask_an_item_and_a_count():

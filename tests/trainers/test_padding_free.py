@@ -141,6 +141,40 @@ def test_calls_without_borders_are_those_of_sdpa(with_attention, tiny_model):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("attention", fake_attention.KERNELS)
+def test_a_padded_row_alone_is_not_looked_into(attention, with_attention, monkeypatch):
+    """transformers' flash attention asks in every layer whether it is several joined rows. Goes red without borders."""
+
+    def ask(*args):
+        raise AssertionError("the device was asked")
+
+    monkeypatch.setattr("transformers.modeling_flash_attention_utils._is_packed_sequence", ask)
+    scored = []
+    for kind, name in (("sdpa", "plain"), (attention, "kernel")):
+        trainer = with_attention(kind, name)
+        scored.append(trainer._score(trainer.model, trainer.data_collator(ids_of(9))).logps)
+    torch.testing.assert_close(scored[1], scored[0], rtol=1e-5, atol=2e-6)
+
+
+def test_no_square_mask_is_made_for_pytorchs_kernel(with_attention, monkeypatch):
+    def square(*args, **kwargs):
+        raise AssertionError("a T x T mask was made")
+
+    trainer = with_attention("psft_varlen", **JOINED)
+    monkeypatch.setattr("psft.models.varlen.sdpa_mask", square)
+    trainer._score(trainer.model, trainer.data_collator(ids_of(5, 6)))
+
+
+def test_joined_rows_that_come_without_borders_are_still_found(with_attention):
+    """From a collator of one's own that gives positions alone. Goes red if no borders are taken for one row."""
+    trainer = with_attention("sdpa", **JOINED)
+    joined = trainer.data_collator(ids_of(5, 6))
+    bare = {name: joined[name] for name in ("input_ids", "labels", "position_ids")}
+    with torch.no_grad():
+        want, got = (trainer._score(trainer.model, inputs).logps for inputs in (joined, bare))
+    assert torch.equal(got, want)
+
+
 def test_the_trainer_alone_makes_psft_varlen_known():
     """In a process of its own. Goes red if nothing that the trainer imports registers the name."""
     code = (

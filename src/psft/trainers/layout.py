@@ -73,6 +73,16 @@ def hides_right_padding_only(attention_mask: Tensor | None) -> bool:
     return bool(attention_mask[:, :1].all()) and not bool((attention_mask.diff(dim=1) > 0).any())
 
 
+def borders_of_one_row(num_tokens: int) -> dict[str, Any]:
+    """What a model's forward takes as the borders of a micro-batch that is one row, by the names of TRL's collator.
+
+    Without them transformers' flash attention asks the device, in every layer, whether the row is several joined ones.
+    """
+    borders = torch.tensor([0, num_tokens], dtype=torch.int32)
+    lengths = {"max_length_q": num_tokens, "max_length_k": num_tokens}
+    return {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, **lengths}
+
+
 def sequence_ids(micro_batch: dict[str, Any]) -> Tensor:
     """(B, T - 1) int64, aligned with labels[:, 1:]: the number of each target token's sequence within the micro-batch.
 

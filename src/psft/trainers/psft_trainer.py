@@ -35,6 +35,7 @@ from psft.trainers.kept_apart import check_rows_kept_apart
 from psft.trainers.layout import (
     TrainedTokens,
     aggregation_normalizer,
+    borders_of_one_row,
     hides_right_padding_only,
     sequence_ids,
 )
@@ -318,6 +319,8 @@ class PSFTTrainer(DurableTrainer):
         inputs["trained_positions"] = TrainedTokens.of(inputs["labels"]).positions
         if hides_right_padding_only(inputs.get("attention_mask")):
             del inputs["attention_mask"]
+            if len(inputs["labels"]) == 1 and "position_ids" not in inputs and "flash" in self.attention:
+                inputs |= borders_of_one_row(inputs["labels"].shape[1])
         for name, value in inputs.items():
             if isinstance(value, Tensor):
                 inputs[name] = to_device(value, self.args.device)
