@@ -98,6 +98,9 @@ def sources(names: Sequence[str], found: Results) -> str:
 def headline(found: Results) -> str:
     names = [f"steps-{size}-{dtype}" for size, dtype in _SETTINGS]
     header = ["figure", "target", "floor or known", *(f"{dtype}, batch {size}" for size, dtype in _SETTINGS)]
+    if "quick" in found:
+        names.append("quick")
+        header.append("`--quick`: {dtype}, batch {batch_size}".format(**found["quick"]["settings"]))
     rows = []
     for key, called, target, floor in _FIGURES:
         cells = [shown_spread(found.get(name, {}).get("ratio_spreads", {}).get(key)) for name in names]
