@@ -79,6 +79,7 @@ def test_the_size_of_a_mini_batch_follows_from_the_time_left() -> None:
     assert faster_dtype({"float32": 250.0, "bfloat16": 180.0}) == "float32"
 
 
+@pytest.mark.slow
 def test_steps_and_overheads_and_k_sweep(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Goes red if a suite writes another file than the tables look for. Memory is left to the test above."""
     taken = {"peak_bytes": 2**30, "resident_before_bytes": 2**29}
@@ -117,6 +118,7 @@ def test_memory_of_a_head_grows_with_the_rows_where_logits_do() -> None:
     assert 0.5 * logits < measured["beyond_bytes"] < 2 * logits
 
 
+@pytest.mark.slow
 def test_sweeps(folder: Path) -> None:
     """Goes red if a point is left out of the table."""
     assert sweeps.main(["--tiny", "--out", str(folder), "--repetitions", "1", "--dtype", "float32"]) == 0

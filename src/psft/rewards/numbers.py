@@ -63,8 +63,8 @@ def _value(form: str, groups: tuple[str | None, ...]) -> Number | None:
             one * Fraction(digits) * Fraction(10) ** exponent, "." in digits or form != "power" and exponent < 0
         )
     if form == "mixed":
-        whole, above, below = map(int, parts)
-        return Number(one * (whole + Fraction(above, below)), False) if below else None
+        whole, numerator, denominator = map(int, parts)
+        return Number(one * (whole + Fraction(numerator, denominator)), False) if denominator else None
     signs = [part for part in parts if part in ("", "+", "-")]
     above, below = (Fraction(part) for part in parts if part not in ("", "+", "-"))
     one *= (-1) ** signs.count("-")
