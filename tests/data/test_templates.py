@@ -20,9 +20,14 @@ CHAT = ({"role": "user", "content": "How many clips?"}, {"role": "assistant", "c
 
 
 @pytest.fixture
-def tokenizer_with(make_tiny_tokenizer, monkeypatch):
-    """tokenizer_with(template) -> tiny tokenizer; templates may run for 0.3 s here."""
+def short_limit(monkeypatch):
+    """Stops templates after 0.3 s: only for those that would run on for ever; a slow machine needs that for others."""
     monkeypatch.setattr(templates, "CPU_LIMIT_S", 0.3)
+
+
+@pytest.fixture
+def tokenizer_with(make_tiny_tokenizer):
+    """tokenizer_with(template) -> tiny tokenizer."""
 
     def make(text: str, then: str | None = None) -> Any:
         tokenizer = make_tiny_tokenizer()
@@ -72,13 +77,23 @@ def test_both_ways_to_render_use_the_immutable_sandbox(tiny_tokenizer):
 
 
 @pytest.mark.parametrize(
+    "attack",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{{ 9 ** (9 ** 9) }}",
+        "{{ lipsum(10**9) }}",
+    ],
+)
+def test_a_template_that_never_ends_is_stopped(attack, tokenizer_with, short_limit):
+    """Goes red if a template can hang the process (seen without `_time_limit`)."""
+    assert "it ran for 0.3 s" in refusal(tokenizer_with(attack))
+
+
+@pytest.mark.parametrize(
     ("attack", "expected"),
     [
         ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "it ran for 0.3 s"),
-        ("{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}", "it ran for 0.3 s"),
-        ("{{ 9 ** (9 ** 9) }}", "it ran for 0.3 s"),
-        ("{{ lipsum(10**9) }}", "it ran for 0.3 s"),
         ("{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", "RecursionError"),
         ("{% for i in range(90000) %}{{ 'sixteen letters.' }}{% endfor %}", "it wrote 144"),
         ("{{ '\\ud800' }}", "lone surrogate"),
@@ -89,7 +104,7 @@ def test_both_ways_to_render_use_the_immutable_sandbox(tiny_tokenizer):
     ],
 )
 def test_a_template_that_runs_away_is_one_clear_error(attack, expected, tokenizer_with):
-    """Goes red if a template can hang, flood or break the process (seen without `_time_limit`, without `_checked`)."""
+    """Goes red if a template can flood or break the process (seen without `_checked`)."""
     assert re.search(expected, refusal(tokenizer_with(attack)))
 
 
@@ -110,7 +125,7 @@ def test_a_template_takes_no_more_memory_than_the_limit(attack, tokenizer_with):
     assert "MiB of memory" in refusal(tokenizer_with(attack))
 
 
-def test_limits_leave_no_trace(tokenizer_with):
+def test_limits_leave_no_trace(tokenizer_with, short_limit):
     """Goes red if a handler, a timer or a limit of the process is not put back."""
     import resource
 
@@ -131,7 +146,7 @@ def test_a_template_renders_outside_the_main_thread_too(tokenizer_with):
     assert texts == [render_chat(tokenizer_with(""), CHAT)]
 
 
-def test_a_template_that_runs_away_on_one_row_names_the_row(tokenizer_with, tmp_path):
+def test_a_template_that_runs_away_on_one_row_names_the_row(tokenizer_with, short_limit, tmp_path):
     """Goes red if the row is rejected: the next one would take as long, and so on for the whole file."""
     loop = "{% if 'hang' in messages[0]['content'] %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}"
     rows = [{"question": question, "answer": "a"} for question in ("one", "two", "hang")]
