@@ -4,9 +4,11 @@
 #   TORCH_INDEX=URL       package index torch is installed from. By default pip's own; on Linux that build brings several
 #                         gigabytes of CUDA libraries. Without an NVIDIA GPU give PyTorch's CPU index, named on
 #                         https://pytorch.org/get-started (choose Pip, Linux, CPU).
+#   TEST_WORKERS=4        processes that run the tests side by side (default: 2); each takes a core and about 2 GB
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+TEST_WORKERS ?= 2
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 BIN := .venv/bin
 STAMP := .venv/.psft-env
@@ -36,11 +38,14 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: env
 	$(BIN)/psft quickstart
 
+# Tests of one file stay in one process: they share what their fixtures made.
+SIDE_BY_SIDE := -n $(TEST_WORKERS) --dist loadfile
+
 test: env
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow" $(SIDE_BY_SIDE)
 
 test-all: env
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE)
 
 # The rooms whose tests take seconds and need no model.
 FAST_TESTS := $(wildcard tests/ops tests/objectives tests/window tests/runs)

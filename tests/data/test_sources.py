@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,8 @@ def test_a_deep_field_of_an_instruction_is_rejected(field, read):
     other = b'"instruction"' if field == b'"input"' else b'"input"'
     row = b'{"output": "a", ' + other + b': "b", ' + field + b": " + nested(950) + b"}"
     good = {"instruction": "a", "input": "", "output": "b"}
-    _, rejected = read("a.jsonl", lines(good, row))
+    with ThreadPoolExecutor(1) as fresh_stack:  # what runs the tests has frames of its own, and 950 leave few to spare
+        _, rejected = fresh_stack.submit(read, "a.jsonl", lines(good, row)).result()
     assert "part that is not text" in rejected[0]["reason"]
 
 
