@@ -1,4 +1,4 @@
-"""Laws of the other backends: a server that breaks in every way loses no sample; vLLM and replay do as they are asked."""
+"""Laws of the other backends: no broken server loses a sample; vLLM and replay do as they are asked."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import json
 import sys
 import threading
 import types
-from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from openai_server import FAULTS, FakeServer, completion
 
 from psft.errors import RequestError, RunFailed
 from psft.evaluation.backends import Answer, Failure, Request
@@ -28,76 +27,6 @@ def requests(count: int, k: int = 1) -> list[Request]:
         for i in range(count)
         for j in range(k)
     ]
-
-
-def completion(text: str | None, finish_reason: str | None = "stop", tokens: int | None = 3) -> bytes:
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
-    return json.dumps({"choices": [choice], "usage": {"completion_tokens": tokens}}).encode()
-
-
-class FakeServer(ThreadingHTTPServer):
-    """Answers the n-th try of a request as `script(n, body)` says: (status, headers, bytes), or a word for a fault."""
-
-    daemon_threads = True
-
-    def __init__(self, script):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.script, self.tries, self.bodies, self.lock = script, Counter(), [], threading.Lock()
-        self.headers_seen: list[dict[str, str]] = []
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-
-    def handle_error(self, request, client_address):
-        """A client that hung up is no news."""
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *arguments):
-        pass
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            name = (body["messages"][0]["content"], body["seed"])
-            self.server.tries[name] += 1
-            attempt = self.server.tries[name]
-            self.server.bodies.append(body)
-            self.server.headers_seen.append(dict(self.headers))
-        made = self.server.script(attempt, body)
-        if isinstance(made, str):
-            self.close_connection = True
-            getattr(self, made)()
-            return
-        status, headers, content = made
-        self.send_response(status)
-        for key, value in headers.items():
-            self.send_header(key, value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def nothing(self):
-        """Hangs up without a word."""
-
-    def silence(self):
-        """Holds the line and says nothing."""
-        threading.Event().wait(3)
-
-    def drip(self):
-        """A byte now and then, for ever."""
-        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
-        for _ in range(60):
-            self.wfile.write(b" ")
-            threading.Event().wait(0.05)
-
-    def half(self):
-        whole = completion("half of an answer")
-        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(whole) + whole[: len(whole) // 2])
 
 
 @pytest.fixture
@@ -124,18 +53,6 @@ def collect(backend, asked, done=()):
     return {request.key: outcome for batch in backend.generate(asked, done) for request, outcome in batch}
 
 
-FAULTS = [
-    (429, {"Retry-After": "7"}, b'{"error": {"message": "slow down"}}'),
-    (500, {}, b"<html>oops</html>"),
-    (200, {}, b"garbage"),
-    "half",
-    "nothing",
-    (200, {}, completion(None)),
-    (200, {}, b'{"choices": []}'),
-    (503, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, b""),
-]
-
-
 def test_a_server_that_breaks_in_every_way_loses_no_sample(serve):
     """Each request meets all faults, in an order of its own, before it is answered.
 
@@ -152,6 +69,14 @@ def test_a_server_that_breaks_in_every_way_loses_no_sample(serve):
     expected = {r.key: Answer(f"answer to {r.messages[0]['content']} by {r.seed}", "stop", 3) for r in requests(6, k=2)}
     assert found == expected
     assert max(pauses) >= 30 and sum(pause >= 7 for pause in pauses) >= 12  # growing, and as Retry-After asks
+
+
+@pytest.mark.parametrize("status", [200, 400])
+def test_one_connection_serves_one_request_after_the_other(serve, status):
+    """Goes red if an answer that was read is left open: then every second request fails and is sent again."""
+    server, pauses = serve(lambda attempt, body: (status, {}, completion("fine"))), []
+    assert len(collect(backend_for(server, pauses, concurrency=1, timeout_s=20), requests(6))) == 6
+    assert pauses == [] and set(server.tries.values()) == {1} and len(server.clients) == 1
 
 
 @pytest.mark.parametrize("fault", ["silence", "drip"])
@@ -275,6 +200,26 @@ def test_vllm_is_asked_once_for_the_samples_of_a_prompt(monkeypatch):
     assert [[p["n"] for p in call] for call in seen["calls"]] == [[3, 3], [2]]
     assert seen["engine"]["generation_config"] == "vllm" and seen["engine"]["tensor_parallel_size"] == 2
     assert seen["calls"][0][1] == {"n": 3, "temperature": 0.7, "top_p": 0.95, "top_k": -1, "max_tokens": 50, "seed": 10}
+
+
+def test_vllm_options_that_change_answers_are_part_of_the_key():
+    """Goes red if samples of a quantised model are taken for the model's; or if more cards make all samples anew."""
+    plain = VLLMBackend("folder").numerics
+    assert VLLMBackend("folder", options={"tensor_parallel_size": 4}).numerics == plain
+    assert VLLMBackend("folder", options={"quantization": "fp8"}).numerics != plain
+
+
+def test_a_prompt_that_vllm_refuses_is_a_wrong_request(monkeypatch):
+    """Goes red if its ValueError ends in a traceback."""
+
+    def refuse(self, messages, parameters, use_tqdm):
+        raise ValueError("The decoder prompt (length 9000) is longer than the maximum model length of 4096.")
+
+    vllm = fake_vllm({})
+    vllm.LLM.chat = refuse
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    with pytest.raises(RequestError, match="refuses a prompt of b: The decoder prompt"):
+        collect(VLLMBackend("folder"), requests(1))
 
 
 def test_vllm_that_is_not_installed_is_said(monkeypatch):

@@ -78,9 +78,7 @@ class Connection:
             if self._http is None:
                 self._http = self._open()
             self._http.request("POST", self.path, body, self.headers)
-            sock = (
-                self._http.sock
-            )  # the connection forgets it after `Connection: close`, the answer still reads from it
+            sock = self._http.sock  # kept: after `Connection: close` only the answer still reads from it
             response = self._http.getresponse()
             content = self._read(response, sock, deadline)
         except TimeoutError as error:
@@ -115,6 +113,7 @@ class Connection:
             if not part:
                 if response.length:  # fewer bytes than Content-Length says
                     raise http.client.IncompleteRead(b"".join(parts), response.length)
+                response.close()  # read1 leaves it open at its end, and the connection takes no request until it is
                 set_timeout(self.timeout_s)
                 return b"".join(parts)
             parts.append(part)

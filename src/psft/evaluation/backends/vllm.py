@@ -7,6 +7,7 @@ The n answers of a request come and are kept together.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -18,6 +19,14 @@ INSTALL = (
     "--backend vllm needs vLLM, which is not installed. Install the build for your CUDA version (docs.vllm.ai, section "
     "Installation), or use --backend hf, or start `vllm serve` elsewhere and use --backend openai --base_url URL."
 )
+_NEUTRAL = frozenset(
+    {
+        "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "gpu_memory_utilization", "swap_space",
+        "cpu_offload_gb", "max_num_seqs", "max_num_batched_tokens", "enforce_eager", "enable_prefix_caching",
+        "enable_chunked_prefill", "disable_log_stats", "trust_remote_code",
+    }
+)  # fmt: skip
+"""Engine options that say how the work is done, not what comes out: another card must not make samples anew."""
 
 
 class VLLMBackend:
@@ -39,7 +48,8 @@ class VLLMBackend:
 
     @property
     def numerics(self) -> str:
-        return f"vllm/{self.dtype}"
+        options = {name: value for name, value in self.options.items() if name not in _NEUTRAL}
+        return f"vllm/{self.dtype}" + (json.dumps(options, sort_keys=True, default=str) if options else "")
 
     def describe(self) -> Description:
         notes = ["answers depend on the batch in the last bits of the arithmetic"]
@@ -58,11 +68,18 @@ class VLLMBackend:
             while groups and sum(map(len, part)) + len(groups[0]) <= self.batch_size:
                 part.append(groups.pop(0))
             vllm = _import()
-            outputs = self._load(vllm).chat(
-                [list(group[0].messages) for group in part],
-                [_parameters(vllm, group) for group in part],
-                use_tqdm=False,
-            )
+            engine = self._load(vllm)
+            try:
+                outputs = engine.chat(
+                    [list(group[0].messages) for group in part],
+                    [_parameters(vllm, group) for group in part],
+                    use_tqdm=False,
+                )
+            except ValueError as error:  # a prompt beyond the model's context, a template that refuses the messages
+                raise RequestError(
+                    f"vLLM refuses a prompt of {part[0][0].benchmark}: {shown(first_line(error))}. Change "
+                    "--engine_options, or leave the benchmark out."
+                ) from error
             yield [pair for group, output in zip(part, outputs, strict=True) for pair in _outcomes(group, output)]
 
     def _load(self, vllm: Any) -> Any:
