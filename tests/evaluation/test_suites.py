@@ -7,7 +7,7 @@ import pytest
 
 from psft.errors import RequestError
 from psft.evaluation.benchmarks import PRESETS, choose, make_suite, packaged_suite, read_suite, suite_names
-from psft.evaluation.items import OPTION_LETTERS, load_data
+from psft.evaluation.items import OPTION_LETTERS, load_data, read_rows
 
 MATH = [benchmark.name for benchmark in packaged_suite("math").benchmarks]
 OOD = ["arc_c", "truthfulqa", "ifeval", "mmlu_pro", "headqa"]
@@ -110,3 +110,25 @@ def test_a_file_that_is_no_suite_is_refused(content, tmp_path: Path):
         path.write_bytes(content)
     with pytest.raises(RequestError, match="own.yaml"):
         read_suite(path)
+
+
+def test_rows_are_read_from_every_kind_of_file(tmp_path):
+    """Goes red if a byte-order mark, an empty line, a gzip or a second batch of parquet is not taken."""
+    import gzip
+
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"q": f"é {i}", "a": str(i)} for i in range(1500)]
+    lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "a.csv").write_text("q,a\n" + "".join(f"{row['q']},{row['a']}\n" for row in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for path in sorted(tmp_path.iterdir()):
+        assert list(read_rows(path)) == rows, path.name
+    (tmp_path / "a.txt").write_text("x")
+    for name in ("a.txt", "none.csv"):
+        with pytest.raises(RequestError, match=name):
+            list(read_rows(tmp_path / name))

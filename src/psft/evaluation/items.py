@@ -6,6 +6,7 @@ registry expects, each field by name with file and row. A checksum that differs 
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import hashlib
@@ -15,7 +16,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from psft.errors import RequestError, first_line, shown
 from psft.evaluation.benchmarks import Benchmark
@@ -115,12 +116,17 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a .jsonl, .json, .csv (each also .gz) or .parquet file.
+    """The rows of a .jsonl, .json, .csv (each also .gz) or .parquet file; those of .jsonl one by one as they are read.
 
     Raises:
         RequestError: it cannot be read, with the line.
     """
-    return _parse(_read_bytes(path), path)
+    if not path.name.lower().endswith(".jsonl"):
+        return _parse(_read_bytes(path), path)
+    try:
+        return _json_lines(open(path, "rb"), path)
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror or error}. Check its name and rights.") from error
 
 
 def _parse(content: bytes, path: Path) -> Iterator[dict[str, Any]]:
@@ -131,10 +137,10 @@ def _parse(content: bytes, path: Path) -> Iterator[dict[str, Any]]:
         if name.endswith(".parquet"):
             import pyarrow.parquet
 
-            rows: list[dict[str, Any]] = pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
-            yield from rows
+            for batch in pyarrow.parquet.ParquetFile(io.BytesIO(content)).iter_batches(batch_size=1000):
+                yield from batch.to_pylist()
             return
-        text = content.decode("utf-8-sig")
+        text = "" if name.endswith(".jsonl") else content.decode("utf-8-sig")
     except Exception as error:  # gzip, pyarrow and codecs each have their own
         raise RequestError(f"{path} cannot be read: {shown(first_line(error))}. Copy it there again.") from error
     if name.endswith(".csv"):
@@ -143,11 +149,17 @@ def _parse(content: bytes, path: Path) -> Iterator[dict[str, Any]]:
     elif name.endswith(".json"):
         yield from _json_rows(text, path)
     elif name.endswith(".jsonl"):
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                yield _object(line, f"{path}:{number}")
+        yield from _json_lines(io.BytesIO(content), path)
     else:
         raise RequestError(f"{path} is of an unknown kind. Known: .jsonl, .json, .csv, each also .gz, and .parquet.")
+
+
+def _json_lines(file: IO[bytes], path: Path) -> Iterator[dict[str, Any]]:
+    with file:
+        for number, line in enumerate(file, start=1):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if line.strip():
+                yield _object(line, f"{path}:{number}")
 
 
 def _json_rows(text: str, path: Path) -> Iterator[dict[str, Any]]:
@@ -160,10 +172,10 @@ def _json_rows(text: str, path: Path) -> Iterator[dict[str, Any]]:
     yield from rows
 
 
-def _object(line: str, where: str) -> dict[str, Any]:
+def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except ValueError as error:
+        row = json.loads(line.decode("utf-8"))
+    except ValueError as error:  # of UTF-8, too
         raise RequestError(f"{where}: not valid JSON ({error}). Correct it.") from error
     if not isinstance(row, dict):
         raise RequestError(f"{where}: a row must be a JSON object. Correct it.")
