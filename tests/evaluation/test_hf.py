@@ -101,6 +101,22 @@ def test_the_models_context_ends_an_answer_and_it_is_said(tmp_path, make_tiny_mo
         answers(backend, requests(10, 1, Sampling(max_tokens=1000)))
 
 
+def test_a_template_of_its_own_file_is_part_of_the_key(tiny_model_path, tmp_path):
+    """It decides the prompt. Goes red if samples of one template are taken for those of another."""
+    path = tmp_path / "own.jinja"
+    found = {HFBackend("m", dtype="float32", device="cpu").numerics}
+    for text in ("{{ 1 }}", "{{ 2 }}"):
+        path.write_text(text)
+        found.add(HFBackend("m", dtype="float32", device="cpu", chat_template_path=str(path)).numerics)
+    assert len(found) == 3 and "hf/float32" in found
+
+
+def test_a_device_that_is_not_there_is_said(tiny_model_path):
+    """Goes red if torch's own error comes through."""
+    with pytest.raises(RequestError, match="--device cuda:77 cannot be used"):
+        answers(HFBackend(str(tiny_model_path), dtype="float32", device="cuda:77"), requests(1, 1))
+
+
 def test_a_model_without_a_chat_template_is_refused(make_tiny_model, make_tiny_tokenizer, tmp_path):
     """Goes red if prompts are then joined in some way of our own."""
     tokenizer = make_tiny_tokenizer()

@@ -134,12 +134,18 @@ def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     return {key: value for key, value, _ in _yaml_items(Path(path))}
 
 
-def format_help(command: str, sections: Sequence[type]) -> str:
-    """All options with type, default and meaning; what psft adds comes before what it takes over from TRL."""
-    lines = [
+def format_help(command: str, sections: Sequence[type], *, usage: Sequence[str] | None = None) -> str:
+    """All options with type, default and meaning; what psft adds comes before what it takes over from TRL.
+
+    usage: the lines that come first, for a command that takes something else than a recipe.
+    """
+    of_recipes = (
         f"usage: psft {command} [RECIPE] [--option value]...",
         "",
         "RECIPE is a YAML file or the name of a recipe (psft recipes lists them); options win over it.",
+    )
+    lines = [
+        *(of_recipes if usage is None else usage),
         "A switch may stand alone (--bf16) or be negated (--no_bf16); a list is a,b; a mapping is key=value,key=value.",
     ]
     settings = collect_settings(sections).values()

@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("psft.cli.plan", "dry run: settings, steps, data, memory and time, without weights"),
     "recipes": ("psft.cli.recipes", "list the recipes, or print one"),
     "report": ("psft.cli.report", "one-file HTML, figures and tables from run folders, also while a run goes on"),
+    "eval": ("psft.cli.eval", "evaluate a model on benchmarks: avg@k, pass@k, maj@k with errors; resumable"),
     "grade": ("psft.cli.grade", "grade answers from anywhere: mathematics, multiple choice, instructions"),
     "quickstart": ("psft.cli.quickstart", "train the bundled small model on this machine and show before and after"),
 }

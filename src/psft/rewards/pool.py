@@ -42,7 +42,7 @@ START_S = 300.0
 
 def grade_rows(
     grader_name: str,
-    rows: Iterable[Row],
+    rows: Iterable[Row | None],
     *,
     num_workers: int | None = None,
     time_limit: float = 5.0,
@@ -52,7 +52,9 @@ def grade_rows(
 
     Args:
         grader_name, settings: as `get_grader` takes them.
-        rows: read as they are needed, never all at once.
+        rows: read as they are needed, never all at once. None among them is no row; it says that the next one is yet
+            to come, so that those before it are graded meanwhile. A source that never says so holds them up until
+            every worker has its `ROWS_PER_WORKER`.
         num_workers: processes; default: one a processor this process may use. A quick grader needs none.
         time_limit: processor seconds a row may take. Beyond, its score is 0 and its reason begins "timed out".
     Raises:
@@ -66,7 +68,7 @@ def grade_rows(
         raise RequestError(f"time_limit is {time_limit:g} s; give a time above 0.")
     if grader.is_quick:
         grader.prepare()
-        return (grader(row) for row in rows)
+        return (grader(row) for row in rows if row is not None)
     count = num_workers or len(os.sched_getaffinity(0))
     return _Pool(count, (grader_name, settings, time_limit)).grade(rows)
 
@@ -141,8 +143,8 @@ class _Pool:
         self.grades: dict[int, Grade] = {}
         self.jobs: deque[_Job] = deque()
 
-    def grade(self, rows: Iterable[Row]) -> Iterator[Grade]:
-        source = enumerate(rows)
+    def grade(self, rows: Iterable[Row | None]) -> Iterator[Grade]:
+        source = iter(rows)
         is_read = False
         num_read = num_given = 0
         try:
@@ -150,11 +152,15 @@ class _Pool:
                 while not is_read and len(self.jobs) < self.num_workers * ROWS_PER_WORKER:
                     if num_read == num_given + PENDING:
                         break
-                    job = next(source, None)
-                    is_read = job is None
-                    if job is not None:
-                        self.jobs.append(_Job(job[0], pickle.dumps(job)))
-                        num_read += 1
+                    try:
+                        row = next(source)
+                    except StopIteration:
+                        is_read = True
+                        break
+                    if row is None:
+                        break
+                    self.jobs.append(_Job(num_read, pickle.dumps((num_read, row))))
+                    num_read += 1
                 self._start()
                 self._tell()
                 if any(worker.is_busy for worker in self.workers):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from psft.data.templates import render_chat
 from psft.errors import RequestError, RunFailed, first_line, shown
 from psft.evaluation.backends.base import Answer, Description, Outcome, Request
 from psft.evaluation.backends.sampling import RowSampler
+from psft.evaluation.identity import template_hash
 from psft.models import load_model, load_tokenizer
 from psft.ops.precision import exact_small_products
 
@@ -51,7 +53,10 @@ class HFBackend:
 
     @property
     def numerics(self) -> str:
-        return f"hf/{self.dtype}"
+        """A template that the model's folder does not hold decides the prompt, and is in no other part of the key."""
+        if self.chat_template_path is None:
+            return f"hf/{self.dtype}"
+        return f"hf/{self.dtype}/{template_hash(Path(self.chat_template_path).expanduser())[:16]}"
 
     def describe(self) -> Description:
         settings = {"dtype": self.dtype, "device": self.device, "batch_size": self.batch_size}
@@ -95,7 +100,14 @@ class HFBackend:
         model.generation_config = GenerationConfig(
             eos_token_id=self._ends, pad_token_id=self._tokenizer.pad_token_id, do_sample=False
         )
-        self._model = model.to(self.device).eval()
+        try:
+            self._model = model.to(self.device).eval()
+        except torch.OutOfMemoryError as error:
+            raise RunFailed(f"the model does not fit into the memory of {self.device}.") from error
+        except (RuntimeError, AssertionError) as error:  # torch built without it, or no such number
+            raise RequestError(
+                f"--device {shown(self.device)} cannot be used: {shown(first_line(error))}. Give another, or auto."
+            ) from error
         self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
     def _prompts(self, requests: Sequence[Request]) -> list[list[int]]:

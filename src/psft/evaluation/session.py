@@ -1,0 +1,385 @@
+"""One evaluation from request to results: data, then samples, then grades, then scores.
+
+    OUTPUT/samples.jsonl          every sample ever made, one line each (`SampleRow`)
+           grades.jsonl           what graders said of them (`GradeRow`); may be deleted, is made again
+           MODEL.SUITE.json       the results
+
+Each step takes up what is there: samples that exist are not made again, grades neither. Whatever stops it (Ctrl-C, a
+kill, a full disk), the same command goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from psft.errors import RequestError, RunFailed, shown
+from psft.evaluation import results
+from psft.evaluation.backends import BACKENDS, Backend
+from psft.evaluation.benchmarks import Benchmark, Suite
+from psft.evaluation.contamination import Overlap, find_overlap
+from psft.evaluation.generate import Generated, Plan, generate, make_plan
+from psft.evaluation.grading import Grades, LiveGrading, grader_of, prepare_graders
+from psft.evaluation.identity import Model, model_of_folder, plain_name, template_hash
+from psft.evaluation.items import Data, find_file, load_data, why_absent
+from psft.evaluation.progress import Progress
+from psft.evaluation.results import ItemScores
+from psft.evaluation.samples import KeyedFile
+from psft.evaluation.settings import HowToSample, WhatToEvaluate
+from psft.runs import RunFolder, describe_environment
+
+SAMPLES, GRADES = "samples.jsonl", "grades.jsonl"
+SCHEMA = 1
+"""Of the results file; rises when a field changes its meaning."""
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """results: what the results file holds. problem: what kept it from being whole, in words; None = it is."""
+
+    results: dict[str, Any]
+    results_path: Path
+    problem: str | None
+
+    def raise_if_incomplete(self) -> None:
+        """Raises RunFailed if a sample is missing."""
+        if self.problem is not None:
+            raise RunFailed(self.problem)
+
+
+def evaluate(
+    model_name: str, suite: Suite, what: WhatToEvaluate, how: HowToSample, *, say: Say | None = None
+) -> Outcome:
+    """Evaluate a model on a suite.
+
+    Args:
+        model_name: hub id, folder, run folder or checkpoint; the server's name for it with backend openai.
+        say: told lines a person should read; default: stderr.
+    Raises:
+        RequestError: something about the request is wrong; nothing was generated.
+        RunFailed: the backend cannot go on; what came so far is kept.
+    """
+    say = say or _on_stderr
+    suite = _adjusted(suite, what, how)
+    _check(what, how)
+    data = _load_all(suite, what, say)
+    prepare_graders(data)
+    other = _other_results(what)
+    model = find_model(model_name, how)
+    step = what.step if what.step is not None else model.step
+    overlap = _overlap(data, what, say)
+    backend = make_backend(model, how)
+    output = Path(what.output_dir).expanduser() if what.output_dir else _default_output(model)
+    path = output / f"{model.name}.{plain_name(suite.name)}.json"
+    _check_replaced(path, model, say)
+    started = time.monotonic()
+    found: list[dict[str, Any]] = []
+    made: dict[str, Generated] = {}
+    with contextlib.ExitStack() as files:
+        samples = files.enter_context(KeyedFile(output / SAMPLES))
+        if what.regrade:  # only now: nobody else has the file of samples, so nobody has this one
+            (output / GRADES).unlink(missing_ok=True)
+        grade_file = files.enter_context(KeyedFile(output / GRADES))
+        try:
+            for part in data:
+                plan = make_plan(part, model=model.identity, numerics=backend.numerics, seed=how.seed)
+                grades = Grades(part, grade_file)
+                if not what.regrade:
+                    made[part.benchmark.name] = _generate(plan, backend, samples, grades)
+                items = _grade(plan, samples, grades)
+                hits = None if overlap is None else overlap.hits[part.benchmark.name]
+                found.append(results.describe(part, items, grader=grader_of(part), hits=hits))
+        except KeyboardInterrupt:
+            say(f"stopped; {len(samples):,} samples are kept in {samples.path}. The same command goes on from here.")
+            raise
+        finally:
+            backend.close()
+    if other is not None:
+        _compare(found, other)
+    content = {
+        "schema": SCHEMA,
+        "model": {
+            "name": model.name, "asked_as": model_name, "identity": model.identity, "step": step,
+            "chat_template_sha256": model.chat_template_sha256,
+        },
+        "suite": suite.name,
+        "seed": how.seed,
+        "backend": vars(backend.describe()),
+        "written_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "wall_time_s": round(time.monotonic() - started, 1),
+        "samples_made": sum(part.num_made for part in made.values()),
+        "environment": describe_environment(),
+        "contamination_against": _described(overlap, what),
+        "compared_to": None if other is None else other.get("model", {}).get("name"),
+        "benchmarks": found,
+    }  # fmt: skip
+    RunFolder(output).write_json(path.name, content)
+    _record(model, what, step, found, say)
+    return Outcome(content, path, _problem(found, made))
+
+
+def _on_stderr(line: str) -> None:
+    print(f"psft eval: {line}", file=sys.stderr, flush=True)
+
+
+def _adjusted(suite: Suite, what: WhatToEvaluate, how: HowToSample) -> Suite:
+    """The suite with what the command line says instead."""
+    changes: dict[str, Any] = {"k": what.k, "limit": what.limit}
+    sampling: dict[str, Any] = {
+        "temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k, "max_tokens": how.max_new_tokens,
+    }  # fmt: skip
+    given = {name: value for name, value in sampling.items() if value is not None}
+    made = tuple(
+        replace(
+            benchmark,
+            sampling=replace(benchmark.sampling, **given),
+            **{name: value for name, value in changes.items() if value is not None},
+        )
+        for benchmark in suite.benchmarks
+    )
+    problems = [problem for benchmark in made for problem in _contradictions(benchmark)]
+    if problems:
+        raise RequestError("; ".join(dict.fromkeys(problems)) + ".")
+    return replace(suite, benchmarks=made)
+
+
+def _contradictions(benchmark: Benchmark) -> list[str]:
+    found = list(benchmark.sampling.problems())
+    if benchmark.k < 1 or (benchmark.limit is not None and benchmark.limit < 1):
+        found.append("--k and --limit must be 1 or more")
+    if benchmark.sampling.temperature == 0 and benchmark.k > 1:
+        found.append(f"{benchmark.shown_name}: {benchmark.k} greedy samples of an item would be the same; add --k 1")
+    return found
+
+
+def _check(what: WhatToEvaluate, how: HowToSample) -> None:
+    """Raises RequestError for settings that contradict each other."""
+    problems = []
+    if how.backend not in BACKENDS:
+        problems.append(f"--backend {shown(how.backend)} is not known; use {', '.join(BACKENDS)}")
+    if how.backend == "openai" and not how.base_url:
+        problems.append("--backend openai needs --base_url, as http://localhost:8000/v1")
+    if how.backend == "replay" and not how.replay_file:
+        problems.append("--backend replay needs --replay_file")
+    if how.dtype not in ("auto", "float32", "bfloat16"):
+        problems.append(f"--dtype {shown(how.dtype)} is not known; use auto, float32 or bfloat16")
+    if how.batch_size is not None and how.batch_size < 1:
+        problems.append("--batch_size must be 1 or more")
+    problems += _without_effect(how)
+    if what.run_dir is not None and not RunFolder(Path(what.run_dir).expanduser()).holds_run():
+        problems.append(f"--run_dir {what.run_dir} is no run folder; give the output_dir of psft train")
+    if what.step is not None and what.step < 0:
+        problems.append("--step must be 0 or more")
+    if (what.step is None) != (what.run_dir is None):
+        problems.append("--run_dir and --step go together: which run's eval.jsonl, and at which step")
+    if problems:
+        raise RequestError("; ".join(problems) + ".")
+
+
+def _without_effect(how: HowToSample) -> list[str]:
+    """Settings that were given and that the backend does not look at."""
+    if how.backend not in BACKENDS:
+        return []
+    return [
+        f"--{setting.name} has no effect with --backend {how.backend}, only with {' and '.join(backends)}"
+        for setting in fields(HowToSample)
+        if (backends := setting.metadata.get("backends"))
+        and how.backend not in backends
+        and getattr(how, setting.name) != getattr(HowToSample(), setting.name)
+    ]
+
+
+def find_model(name: str, how: HowToSample) -> Model:
+    """What a name means to a backend.
+
+    Raises:
+        RequestError: no such model, or one that cannot be evaluated.
+    """
+    if how.backend not in ("hf", "vllm"):
+        return Model(plain_name(name), f"{how.backend}:{name}")
+    from psft.models import resolve_model
+
+    path = Path(name).expanduser()
+    if path.is_dir() and RunFolder(path).holds_run() and not (path / "config.json").is_file():
+        steps = sorted(int(item.name.rpartition("-")[2]) for item in path.glob("checkpoint-*"))
+        advice = f"Name a checkpoint of it: {path / f'checkpoint-{steps[-1]}'}" if steps else "It has no checkpoint yet"
+        raise RequestError(f"{name} is a run that has saved no final model. {advice}.")
+    folder = resolve_model(name, how.model_revision, trust_remote_code=how.trust_remote_code)
+    model = model_of_folder(name, folder)
+    if how.chat_template_path is None:
+        return model
+    return replace(model, chat_template_sha256=template_hash(Path(how.chat_template_path).expanduser()))
+
+
+def make_backend(model: Model, how: HowToSample) -> Backend:
+    """The backend that was asked for; no model is loaded yet.
+
+    Raises:
+        RequestError: a setting it cannot use.
+    """
+    if how.backend == "replay":
+        from psft.evaluation.backends.replay import ReplayBackend
+
+        return ReplayBackend(Path(str(how.replay_file)).expanduser())
+    if how.backend == "openai":
+        from psft.evaluation.backends.openai import OpenAIBackend, Server
+
+        return OpenAIBackend(
+            Server(
+                str(how.base_url), model.identity.partition(":")[2], os.environ.get(how.api_key_env) or None,
+                concurrency=how.concurrency, timeout_s=how.request_timeout, max_retries=how.max_retries,
+                extra=how.request_extra,
+            )
+        )  # fmt: skip
+    if how.backend == "vllm":
+        from psft.evaluation.backends.vllm import VLLMBackend
+
+        code = {"trust_remote_code": True} if how.trust_remote_code else {}
+        return VLLMBackend(
+            str(model.folder), dtype=how.dtype, batch_size=how.batch_size or 512, options={**code, **how.engine_options}
+        )
+    from psft.evaluation.backends.hf import HFBackend, choose_device, choose_dtype
+
+    device = choose_device(how.device)
+    return HFBackend(
+        str(model.folder), dtype=choose_dtype(how.dtype, device), device=device, batch_size=how.batch_size or 16,
+        chat_template_path=how.chat_template_path, trust_remote_code=how.trust_remote_code,
+    )  # fmt: skip
+
+
+def _check_replaced(path: Path, model: Model, say: Say) -> None:
+    """Say so where the results file is that of another model of this name."""
+    with contextlib.suppress(RequestError):  # none there, or damaged
+        before = RunFolder(path.parent).read_json(path.name).get("model")
+        if isinstance(before, dict) and before.get("identity") != model.identity:
+            asked = before.get("asked_as")
+            say(f"{path} holds another model of this name ({asked}) and will be replaced; its samples stay")
+
+
+def _load_all(suite: Suite, what: WhatToEvaluate, say: Say) -> list[Data]:
+    """The data of every benchmark; those that are absent are named together."""
+    named = what.data_dir or os.environ.get("PSFT_DATA_DIR")
+    data_dir = Path(named).expanduser() if named else None
+    if data_dir is not None and not data_dir.is_dir():
+        raise RequestError(f"--data_dir {data_dir} is no folder. Give the one that holds the benchmark files.")
+    here = [benchmark for benchmark in suite.benchmarks if find_file(benchmark, data_dir) is not None]
+    fetched = [b for b in suite.benchmarks if what.download and b not in here and b.hub is not None]
+    absent = [benchmark for benchmark in suite.benchmarks if benchmark not in here and benchmark not in fetched]
+    words = [why_absent(benchmark, data_dir) for benchmark in absent]
+    if absent and (not what.skip_missing or len(absent) == len(suite.benchmarks)):
+        advice = "" if len(absent) == len(suite.benchmarks) else "\nAdd --skip_missing to go on without."
+        raise RequestError("not here:\n" + "\n".join(f"  - {line}" for line in words) + advice)
+    for line in words:
+        say(f"left out: {line}")
+    for benchmark in fetched:
+        say(f"fetching {benchmark.shown_name} from the hub: {benchmark.hub.id if benchmark.hub else ''}")
+    return [
+        load_data(benchmark, data_dir, download=what.download, any_rows=what.any_rows)
+        for benchmark in suite.benchmarks
+        if benchmark not in absent
+    ]
+
+
+def _overlap(data: Sequence[Data], what: WhatToEvaluate, say: Say) -> Overlap | None:
+    if what.contamination_against is None:
+        return None
+    say(f"looking for the test items in {what.contamination_against}")
+    return find_overlap(data, Path(what.contamination_against).expanduser())
+
+
+def _described(overlap: Overlap | None, what: WhatToEvaluate) -> dict[str, Any] | None:
+    if overlap is None:
+        return None
+    return {"file": Path(str(what.contamination_against)).name, "rows": overlap.num_rows, "kinds": overlap.hits}
+
+
+def _other_results(what: WhatToEvaluate) -> dict[str, Any] | None:
+    if what.compare_to is None:
+        return None
+    path = Path(what.compare_to).expanduser()
+    found = RunFolder(path.parent).read_json(path.name) if path.is_file() else {}
+    if not isinstance(found.get("benchmarks"), list):
+        raise RequestError(f"--compare_to {path} holds no results of psft eval. Give its MODEL.SUITE.json.")
+    return found
+
+
+def _default_output(model: Model) -> Path:
+    if model.run is None or model.folder is None:
+        return Path("evals") / model.name
+    is_final = model.folder.resolve() == model.run.resolve()
+    return model.run / "evaluation" / ("final" if is_final else model.folder.resolve().name)
+
+
+def _generate(plan: Plan, backend: Backend, samples: KeyedFile, grades: Grades) -> Generated:
+    """Make what is missing, grading along the way; nothing is loaded where all is there."""
+    missing = [request for request in plan.requests if request.key not in samples]
+    if not missing:
+        return Generated()
+    progress = Progress(plan.data.benchmark.shown_name, len(plan.requests), len(plan.requests) - len(missing))
+    for request in plan.requests:
+        grade = grades.find(request.key)
+        if grade is not None:
+            progress.scored(grade["item"], grade["score"])
+    progress.begin()
+    live = LiveGrading(grades, lambda grade: progress.scored(grade["item"], grade["score"]))
+    try:
+        made = generate(plan, backend, samples, progress, live.put)
+    except BaseException:
+        live.stop()
+        raise
+    live.finish()
+    progress.finish()
+    return made
+
+
+def _grade(plan: Plan, samples: KeyedFile, grades: Grades) -> dict[str, ItemScores]:
+    """Every sample of the plan with its grade, by item; what has no grade yet gets one."""
+    keys = [request.key for request in plan.requests if request.key in samples]
+    ungraded = [key for key in keys if grades.key(key) not in grades.file]
+    for _ in grades.add(samples.read(key) for key in ungraded):
+        pass
+    found: dict[str, ItemScores] = {}
+    for key in keys:
+        row, grade = samples.read(key), grades.find(key)
+        assert grade is not None
+        found.setdefault(row["item"], ItemScores()).add(row, grade)
+    return found
+
+
+def _compare(found: Sequence[dict[str, Any]], other: Mapping[str, Any]) -> None:
+    theirs = {entry.get("benchmark"): entry for entry in other["benchmarks"]}
+    for result in found:
+        if result["benchmark"] in theirs:
+            result["compared"] = results.compare(result, theirs[result["benchmark"]])
+
+
+def _record(model: Model, what: WhatToEvaluate, step: int | None, found: Sequence[Mapping[str, Any]], say: Say) -> None:
+    """Rows in the run's eval.jsonl, of benchmarks that are whole; a row that stands there already is not repeated."""
+    run = Path(what.run_dir).expanduser() if what.run_dir is not None else model.run
+    if run is None or step is None:
+        return
+    folder = RunFolder(run)
+    there = folder.read_rows("eval.jsonl")
+    whole = [result for result in found if not result["missing_samples"]]
+    new = [row for result in whole for row in results.eval_rows(result, step) if dict(row) not in there]
+    for row in new:
+        folder.append("eval.jsonl", row)
+    if new:
+        say(f"{len(new)} rows added to {run / 'eval.jsonl'} at step {step:,}")
+
+
+def _problem(found: Sequence[Mapping[str, Any]], made: Mapping[str, Generated]) -> str | None:
+    missing = sum(result["missing_samples"] for result in found)
+    if not missing:
+        return None
+    reasons = [f"{n} of {name}: {why}" for name, part in made.items() for why, n in part.failures.most_common(3)]
+    why = "; ".join(reasons) if reasons else "they were never made"
+    return f"{missing:,} samples are missing ({why}). What there is is kept; the same command asks for the rest again."
