@@ -42,8 +42,9 @@ def test_a_grade_does_not_wait_for_more_samples(tmp_path):
     assert seen == [("q0", 1.0), ("q1", 1.0), ("q2", 1.0)]
 
 
-def test_what_is_stopped_does_not_wait_for_grades(tmp_path):
+def test_what_is_stopped_does_not_wait_for_grades(tmp_path, monkeypatch):
     """Goes red if a stop grades all that was put first, or leaves the thread to write a closed file."""
+    monkeypatch.setattr("psft.evaluation.grading._LONGEST_STOP_S", PATIENCE_S)  # a worker may be slow to start
     made = grades(tmp_path)
     live = LiveGrading(made, lambda row: time.sleep(0.01))
     for i in range(3000):

@@ -43,7 +43,19 @@ def test_a_file_gets_a_line_now_and_then_and_a_terminal_one_that_is_drawn_over()
         for _ in range(101):
             seconds[0] += 0.7
             line.made(None)
+            line.show()
         line.finish()
         shown = stream.getvalue()
         assert shown.startswith(f"{start}AIME24 0/101") and shown.endswith("AIME24 101/101 · took 1:11\n")
         assert shown.count("AIME24") == times and shown.count("\n") == (1 if start else 4)
+
+
+def test_the_samples_of_a_batch_are_taken_in_before_the_line_is_drawn():
+    """Goes red if the first of a batch is shown alone: what is left would seem to take a batch's time each."""
+    stream, seconds = io.StringIO(), [0.0]
+    line = progress(stream, seconds)
+    seconds[0] = 60.0
+    for _ in range(20):
+        line.made(10)
+    line.show()
+    assert stream.getvalue() == "AIME24 20/40 · 3 tok/s · 1:00 left\n"

@@ -88,4 +88,5 @@ def generate(
             found.num_made += 1
             progress.made(row["num_tokens"])
             on_sample(row)
+        progress.show()
     return found

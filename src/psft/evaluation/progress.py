@@ -48,12 +48,17 @@ class Progress:
         self.done += 1
         self._made += 1
         self._tokens += num_tokens or 0
-        self._draw()
 
     def failed(self) -> None:
         """Take in a request without an answer."""
         self._failed += 1
-        self._draw()
+
+    def show(self) -> None:
+        """Draw the line if it is time; called when all that came together was taken in, else the rest seems long."""
+        now = self._clock()
+        if now - self._last >= (_EVERY_TERMINAL_S if self._is_terminal else _EVERY_FILE_S):
+            self._last = now
+            self._write()
 
     def finish(self) -> None:
         """Leave the last state on the screen."""
@@ -78,12 +83,6 @@ class Progress:
         if self._failed:
             parts.append(f"{self._failed} without an answer")
         return " · ".join(parts)
-
-    def _draw(self) -> None:
-        now = self._clock()
-        if now - self._last >= (_EVERY_TERMINAL_S if self._is_terminal else _EVERY_FILE_S):
-            self._last = now
-            self._write()
 
     def _write(self) -> None:
         self._stream.write(f"\r\x1b[K{self.line()}" if self._is_terminal else f"{self.line()}\n")
