@@ -152,6 +152,26 @@ def test_tokens_are_drawn_from_the_distribution_transformers_has(sampling):
     assert set(drawn.tolist()) <= set(torch.isfinite(wanted[0]).nonzero()[:, 0].tolist())
 
 
+def test_a_row_draws_the_same_token_whoever_its_neighbours_are():
+    """Peaked, flat and flattest rows of 6,000 tokens: sets within 256, 4,096, and all tokens. Drawn from the top down.
+
+    Goes red if rows that are looked at again get another's random number, or keep the token of the first look.
+    """
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(12, 6000, generator=generator) * torch.tensor([4.0, 1.0, 0.05]).repeat(4)[:, None]
+    uniforms = torch.linspace(0, 0.999, 12, dtype=torch.float64)
+    together = draw_tokens(logits, uniforms, SAMPLING)
+    alone = [int(draw_tokens(logits[i : i + 1], uniforms[i : i + 1], SAMPLING)) for i in range(12)]
+    assert together.tolist() == alone
+    for row, number, token in zip(logits, uniforms, alone, strict=True):
+        probs, ids = (row.double() / SAMPLING.temperature).softmax(-1).sort(descending=True)
+        before = probs.cumsum(-1) - probs
+        kept = torch.where(before < SAMPLING.top_p, probs, 0.0)
+        cumulated = kept.cumsum(-1)
+        near = torch.searchsorted(cumulated, torch.stack([number - 1e-6, number + 1e-6]) * cumulated[-1], right=True)
+        assert token in ids[near[0] : near[1] + 1].tolist()
+
+
 def test_the_last_random_number_draws_a_token_that_may_be_drawn():
     """Goes red without the bound on the index: rounding of the sums may run past the kept tokens."""
     logits = torch.tensor([[0.0, 1.0, -50.0, -torch.inf]])

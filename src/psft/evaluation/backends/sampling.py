@@ -15,7 +15,7 @@ from transformers import LogitsProcessor
 from psft.evaluation.benchmarks import Sampling
 
 _BLOCK = 64  # random numbers drawn at a time
-_FIRST_CANDIDATES = 256  # likeliest tokens looked at before the whole vocabulary is sorted
+_FIRST_CANDIDATES, _MORE_CANDIDATES = 256, 16  # likeliest tokens looked at first, and how many times more each time
 
 
 class RowSampler(LogitsProcessor):
@@ -53,20 +53,42 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
     """
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    scaled = logits.double() / sampling.temperature
-    vocabulary = logits.shape[-1]
-    if sampling.top_p >= 1 and not sampling.top_k:
-        return _invert(torch.softmax(scaled, dim=-1), uniforms)
-    num = min(vocabulary, sampling.top_k or _FIRST_CANDIDATES)
-    values, ids = scaled.topk(num, dim=-1)
-    total = values.logsumexp(dim=-1, keepdim=True) if sampling.top_k else scaled.logsumexp(dim=-1, keepdim=True)
-    probs = (values - total).exp()
-    if not sampling.top_k and num < vocabulary and bool((probs.sum(dim=-1) < sampling.top_p).any()):
-        values, ids = scaled.sort(dim=-1, descending=True)  # flat distributions: the bound lies further down
-        probs = (values - total).exp()
-    before = probs.cumsum(dim=-1) - probs
-    probs = torch.where(before < sampling.top_p, probs, 0.0)  # the smallest set that holds top_p; never empty
-    return ids.gather(1, _invert(probs, uniforms)[:, None])[:, 0]
+    # Weights relative to the likeliest token, in float32 as the model computes them; only their sums are float64.
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    weights = ((logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature).exp()
+    if sampling.top_k:
+        values, ids = weights.topk(min(sampling.top_k, weights.shape[-1]), dim=-1)
+        return ids.gather(1, _draw_sorted(values.double(), uniforms, sampling.top_p)[:, None])[:, 0]
+    if sampling.top_p >= 1:
+        return _invert(weights.double(), uniforms)
+    return _draw_nucleus(weights, uniforms, sampling.top_p)
+
+
+def _draw_nucleus(weights: Tensor, uniforms: Tensor, top_p: float) -> Tensor:
+    """(B,) token ids out of the smallest sets that hold top_p of each row's (B, V) weights.
+
+    Sorting a whole vocabulary costs as much as a small model: rows whose set is larger than the likeliest 256 tokens
+    are rare, and they alone are looked at again.
+    """
+    bounds = weights.sum(dim=-1, dtype=torch.float64) * top_p
+    tokens = torch.empty(len(weights), dtype=torch.int64, device=weights.device)
+    rows = torch.arange(len(weights), device=weights.device)
+    num = _FIRST_CANDIDATES
+    while len(rows):
+        num = min(num, weights.shape[-1])
+        values, ids = weights[rows].topk(num, dim=-1)
+        sums = values.double().cumsum(dim=-1)
+        is_whole = (sums[:, -1] >= bounds[rows]) | (num == weights.shape[-1])
+        kept = torch.where(sums - values < bounds[rows, None], values.double(), 0.0)  # never empty
+        tokens[rows] = ids.gather(1, _invert(kept, uniforms[rows])[:, None])[:, 0]  # of unfinished rows written again
+        rows, num = rows[~is_whole], num * _MORE_CANDIDATES
+    return tokens
+
+
+def _draw_sorted(weights: Tensor, uniforms: Tensor, top_p: float) -> Tensor:
+    """(B,) index into (B, K) falling weights, the only ones there are."""
+    sums = weights.cumsum(dim=-1)
+    return _invert(torch.where(sums - weights < top_p * sums[:, -1:], weights, 0.0), uniforms)
 
 
 def _invert(probs: Tensor, uniforms: Tensor) -> Tensor:
