@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from reports.made_results import write_results
 from reports.made_runs import make_run
 from reports.read_page import Page
 
@@ -61,6 +62,7 @@ def test_a_report_inside_a_folder_of_runs_is_no_run(tmp_path):
         (["report", "run", "--ot", "x"], "unknown option --ot"),
         (["report", "run", "--out"], "--out needs a value"),
         (["report", "run", "--every", "5"], "--every has no effect without --watch"),
+        (["report", "run", "--base"], "--base needs a value, e.g. --base evals/MODEL"),
         (["report", "run", "--watch", "--every", "soon"], "--every soon must be a number of seconds"),
         (["report", "--watch"], "no run was named"),
         (["report", "run", "--out", "run/run.json"], "cannot be written"),
@@ -79,9 +81,9 @@ def test_a_wrong_request_is_told_in_one_line(tmp_path, monkeypatch, capsys, argv
 def test_help_names_every_option(capsys):
     assert main(["report", "--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(word in shown for word in ("--out", "--watch", "--every", "RUN/report"))
+    assert all(word in shown for word in ("--base", "--out", "--watch", "--every", "RUN/report"))
     page = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
-    assert all(word in page for word in ("--out", "--watch", "--every", "RUN/report"))
+    assert all(word in page for word in ("--base", "--out", "--watch", "--every", "RUN/report"))
 
 
 def test_the_documented_commands_are_what_the_command_takes(tmp_path, monkeypatch, capsys):
@@ -91,6 +93,7 @@ def test_the_documented_commands_are_what_the_command_takes(tmp_path, monkeypatc
     assert len(commands) >= 5
     for name in ("quickstart", "sft", "psft-seed1", "psft-seed2", "watched"):
         make_run(tmp_path / "runs" / name, num_steps=2, parts=("summary",))
+    write_results(tmp_path / "evals" / "BASE" / "base.math.json", {"amc": 0.5})
     monkeypatch.chdir(tmp_path)
     for arguments in commands:
         words = [path for word in arguments.split() for path in (glob.glob(word) if "*" in word else [word])]

@@ -14,17 +14,19 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from reports.made_results import write_results
 from reports.made_runs import MALICIOUS, make_run, write_clipped_tokens
 from reports.test_page import ALWAYS, killed
 
 from psft.reports import write_report
+from psft.reports.benchmarks import IN_DOMAIN, OUT_OF_DOMAIN
 from psft.runs import RunFolder
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
 WIDTHS = (390, 1440)
-PAGES = ("one", "overlaid", "seeds and sweep", "empty", "torn", "malicious")
+PAGES = ("one", "overlaid", "seeds and sweep", "scored", "empty", "torn", "malicious")
 HARNESS = Path(__file__).with_name("harness.js")
 
 pytestmark = [
@@ -51,18 +53,26 @@ def build(root: Path) -> dict[str, Path]:
     (root / "empty").mkdir()
     bad = make_run(root / 'bad"><img src=x onerror="document.title=\'run\'">', model={MALICIOUS: MALICIOUS})
     write_clipped_tokens(bad, 2, random.Random(0), extra=("<svg onload=document.title='run'>",))
+    write_results(bad.path / "evaluation" / "m.json", {"amc": 0.5}, model=MALICIOUS, step=0)
+    scored = [make_run(root / f"scored{i}", num_steps=48, seed=i) for i in range(2)]
+    skills = dict.fromkeys((*IN_DOMAIN, *OUT_OF_DOMAIN), 0.5)
+    for i, run in enumerate(scored):
+        write_results(run.path / "evaluation" / "final" / "m.json", skills, step=48, seed=i)
+    base = write_results(root / "base.json", dict.fromkeys(skills, 0.2))
     bad.append("eval.jsonl", {"step": 1, "benchmark": MALICIOUS, "metric": "accuracy", "value": 0.5, "stderr": 0.1})
     runs = {
         "one": [one],
         "overlaid": [one, sft],
         "seeds and sweep": [*seeds, *bounds],
+        "scored": scored,
         "empty": [RunFolder(root / "empty")],
         "torn": [killed(root / "torn")],
         "malicious": [bad],
     }
     pages = {}
     for i, name in enumerate(PAGES):
-        pages[name] = write_report([run.path for run in runs[name]], root / f"page{i}", images=False).page
+        bases = [str(base)] if name == "scored" else []
+        pages[name] = write_report([run.path for run in runs[name]], root / f"page{i}", images=False, bases=bases).page
     return pages
 
 

@@ -13,17 +13,22 @@ HELP = "One-file HTML, PNG and PDF figures and CSV tables from run folders."
 EVERY_S = 10.0
 """Seconds between two readings with --watch, unless --every says another number."""
 
-_USAGE = f"""usage: psft report RUN... [--out DIR] [--watch] [--every SECONDS]
+_USAGE = f"""usage: psft report RUN... [--base RESULTS]... [--out DIR] [--watch] [--every SECONDS]
 
 Reads the folders of runs (finished, going on, crashed) and writes DIR/index.html, a page that opens from disk, with
 tables/*.csv at full resolution and, where matplotlib is installed, figures/*.png and *.pdf.
 
   RUN              output_dir of a run, or a folder that holds several; runs that differ in seed alone become one line
+  --base RESULTS   what psft eval wrote for the model before training (MODEL.SUITE.json, or its folder), for the score
+                   tables to compare with, item by item; may be given several times. Without it: step 0 of the runs
   --out DIR        default: RUN/report for one run, ./report for several
   --watch          write the page again while a run goes on; ends when all have ended, or on Ctrl-C
   --every SECONDS  how often, with --watch; default {EVERY_S:g}
 
 docs/report.md says what each figure shows and how to read it."""
+
+_EXAMPLES = {"--out": "report", "--every": "10", "--base": "evals/MODEL"}
+"""Options with a value."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Request:
     runs: list[str]
     out: Path | None
     every_s: float | None
+    bases: tuple[str, ...] = ()
 
 
 def run(argv: list[str]) -> int:
@@ -56,6 +62,7 @@ def parse(argv: list[str]) -> Request:
     """
     runs: list[str] = []
     values: dict[str, str] = {}
+    bases: list[str] = []
     is_watching = False
     rest = list(argv)
     while rest:
@@ -63,12 +70,13 @@ def parse(argv: list[str]) -> Request:
         name, equals, value = word.partition("=")
         if word == "--watch":
             is_watching = True
-        elif name in ("--out", "--every"):
+        elif name in _EXAMPLES:
             if not equals and (not rest or rest[0].startswith("--")):
-                raise RequestError(f"{name} needs a value, e.g. {name} {'report' if name == '--out' else '10'}.")
+                raise RequestError(f"{name} needs a value, e.g. {name} {_EXAMPLES[name]}.")
             values[name] = value if equals else rest.pop(0)
+            bases += [values[name]] if name == "--base" else []
         elif word.startswith("-"):
-            raise RequestError(f"unknown option {word}. Known: --out DIR, --watch, --every SECONDS.")
+            raise RequestError(f"unknown option {word}. Known: --base RESULTS, --out DIR, --watch, --every SECONDS.")
         else:
             runs.append(word)
     if not runs:
@@ -78,7 +86,7 @@ def parse(argv: list[str]) -> Request:
     if "--every" in values and not is_watching:
         raise RequestError("--every has no effect without --watch. Add --watch, or remove it.")
     out = Path(values["--out"]) if "--out" in values else None
-    return Request(runs, out, _seconds(values.get("--every")) if is_watching else None)
+    return Request(runs, out, _seconds(values.get("--every")) if is_watching else None, tuple(bases))
 
 
 def _seconds(text: str | None) -> float:
@@ -97,7 +105,7 @@ def _once(request: Request) -> int:
     from psft.reports import find_runs
 
     paths = find_runs(request.runs)
-    written = _report(paths, _folder(request, paths), None)
+    written = _report(paths, _folder(request, paths), None, request.bases)
     print(written.page)
     return 0
 
@@ -118,7 +126,7 @@ def _watch(request: Request, every_s: float) -> int:
                 time.sleep(every_s)
                 continue
             out = _folder(request, paths)
-            written = _report(paths, out, every_s)
+            written = _report(paths, out, every_s, request.bases)
             if written.is_over:
                 print(f"{written.page}: complete, every run has ended.")
                 return 0
@@ -130,12 +138,12 @@ def _watch(request: Request, every_s: float) -> int:
         return 0
 
 
-def _report(paths: list[Path], out: Path, refresh_s: float | None):  # type: ignore[no-untyped-def]  # Written, lazily
+def _report(paths: list[Path], out: Path, refresh_s: float | None, bases: tuple[str, ...]):  # type: ignore[no-untyped-def]  # Written, lazily
     from psft.cli.main import COMMANDS
     from psft.reports import write_report
     from psft.reports.plot import HOW_TO_INSTALL, has_matplotlib
 
-    written = write_report(paths, out, commands=set(COMMANDS), refresh_s=refresh_s)
+    written = write_report(paths, out, commands=set(COMMANDS), refresh_s=refresh_s, bases=bases)
     if written.is_over or refresh_s is None:
         if not has_matplotlib():
             print(

@@ -2,6 +2,7 @@
 
 load, replay        a run folder -> Run, whatever state it is in
 groups, benchmarks  which runs are repetitions or a sweep; which scores belong together
+evaluations, score_ results files of psft eval -> the paper's tables of scores, with differences and their tests
 sampling, charts    series -> lines of few points that keep their extremes; a figure as data
 figures/            one module a family of figures
 verdict, advice     the numbers in words; the next run

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from psft.errors import RequestError
+from psft.reports.evaluations import Evaluation, evaluations_of
 from psft.runs import RunFolder
 from psft.runs.alerts import Alert
 from psft.runs.columns import Columns, read_columns, read_parquet, read_whole_rows
@@ -62,6 +63,7 @@ class Run:
     is_warmup: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     log_ratio_counts: np.ndarray | None = None
     evals: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
     probes: list[dict[str, Any]] = field(default_factory=list)
     clipped: list[Epoch] = field(default_factory=list)
     alerts: list[Alert] = field(default_factory=list)
@@ -99,6 +101,8 @@ def load_run(folder: RunFolder, label: str, *, sink: Sink | None = None) -> Run:
     metrics = _noted(run, "metrics.jsonl", read_columns(folder, "metrics.jsonl"))
     for name, rows, value in (("eval.jsonl", run.evals, "value"), ("probe.jsonl", run.probes, "drift_nats_per_token")):
         rows += _measured(run, name, _noted(run, name, read_whole_rows(folder, name)).rows, value)
+    run.evaluations, notes = evaluations_of(folder.path)
+    run.notes += notes
     _take_steps(run, metrics)
     clipped = _noted(run, "clipped_tokens.parquet", read_parquet(folder, "clipped_tokens.parquet"))
     _take_clipped(run, clipped)

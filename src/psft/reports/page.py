@@ -24,6 +24,7 @@ from psft.reports.charts import Chart, Figure
 from psft.reports.figures.tokens import CLOUD_TOKENS, TABLE_ROWS, visible
 from psft.reports.groups import BAND, Group
 from psft.reports.load import Run
+from psft.reports.score_cells import SIGNIFICANT, Cell, Difference, ScoreTable
 from psft.reports.verdict import THRESHOLDS, Finding
 
 SCHEMA = 1
@@ -42,6 +43,7 @@ class Content:
 
     groups: list[Group]
     sections: Mapping[str, list[Figure]]
+    score_tables: list[ScoreTable]
     findings: Mapping[str, Mapping[str, Finding]]
     advice: Mapping[str, Advice]
     written_at: str
@@ -79,6 +81,10 @@ def render(content: Content) -> str:
         most_columns=provenance.MOST_COLUMNS,
         thresholds=THRESHOLDS,
         symbols=SYMBOLS,
+        significant=f"{SIGNIFICANT:g}",
+        score=score,
+        change=change,
+        about=about,
         cloud_tokens=CLOUD_TOKENS,
         table_rows=TABLE_ROWS,
         svg=svg,
@@ -111,6 +117,7 @@ def data(content: Content) -> dict[str, Any]:
             for run in content.runs
         ],
         "groups": [{"label": g.label, "style": g.style, "runs": [run.label for run in g.runs]} for g in content.groups],
+        "score_tables": {table.name: table.to_json() for table in content.score_tables},
         "figures": {figure.name: _figure(figure) for figures in content.sections.values() for figure in figures},
         "settings": provenance.settings(content.runs).to_json(),
         "data": provenance.data_reports(content.runs).to_json(),
@@ -164,6 +171,30 @@ def table(chart: Chart) -> dict[str, Any]:
     head = ["line", chart.x_label if chart.kind != "path" else "at"] + ([chart.x_label] if chart.kind == "path" else [])
     head += [chart.y_label] + (["standard error"] if has_error else []) + (["smallest to largest"] if has_band else [])
     return {"head": head, "rows": rows, "is_whole": True}
+
+
+def score(cell: Cell) -> str:
+    """A score in points with its standard error, as `22.1 ± 1.3`."""
+    return f"{100 * cell.value:.1f}" + ("" if cell.stderr is None else f" ± {100 * cell.stderr:.1f}")
+
+
+def change(difference: Difference) -> str:
+    """A difference in points with its standard error."""
+    error = "" if difference.stderr is None else f" ± {100 * difference.stderr:.1f}"
+    return f"{100 * difference.value:+.1f}".replace("-", "\u2212") + error
+
+
+def about(cell: Cell) -> str:
+    """What a cell is made of, for who points at it."""
+    said = [f"n = {cell.n:,}"] if cell.n is not None else []
+    said += [f"avg@{cell.k}"] if cell.k is not None and cell.k > 1 else []
+    said += [f"step {', '.join(map(str, cell.steps))}"] if cell.steps else []
+    if cell.low is not None and cell.high is not None:
+        said.append(f"{cell.num_runs} runs from {100 * cell.low:.1f} to {100 * cell.high:.1f}")
+    if cell.difference is not None and cell.difference.p_value is not None:
+        found = cell.difference
+        said.append(f"difference {found.test}, p = {found.p_value:.2g}, after Holm {found.p_holm or 0:.2g}")
+    return "; ".join(said)
 
 
 def _ends(chart: Chart, line: Any) -> list[str]:

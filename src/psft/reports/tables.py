@@ -4,6 +4,7 @@ tables/metrics/RUN.csv           every field of metrics.jsonl, a row a step
 tables/clipped_tokens/RUN.csv    every token that was seen, not those of the cloud alone
 tables/eval.csv, probe.csv       the rows of all runs, with a column `run`
 tables/runs.csv                  one row a run: its settings that differ, its findings, its exact numbers
+tables/table1.csv, table2.csv    scores as in the paper's tables: rows methods, columns benchmarks, shares in 0..1
 tables/figures/NAME.csv          what figures compute from these: each plotted point, with band and error
 """
 
@@ -17,6 +18,7 @@ from typing import Any
 
 from psft.reports.charts import Figure
 from psft.reports.load import Run
+from psft.reports.score_cells import ScoreTable
 from psft.runs.columns import Columns
 
 _COMPUTED = (
@@ -66,11 +68,19 @@ class TableWriter:
         pyarrow.csv.write_csv(_flat(columns.table), path)
         self.written.append(path)
 
-    def write(self, runs: list[Run], figures: Iterable[Figure], summaries: list[dict[str, Any]]) -> None:
-        """Write what is short: rows of all runs together, one row a run, and what figures compute."""
+    def write(
+        self,
+        runs: list[Run],
+        figures: Iterable[Figure],
+        score_tables: Iterable[ScoreTable],
+        summaries: list[dict[str, Any]],
+    ) -> None:
+        """Write what is short: rows of all runs together, one row a run, tables of scores, and what figures compute."""
         for name, rows_of in (("eval", lambda run: run.evals), ("probe", lambda run: run.probes)):
             self._write(f"{name}.csv", [{"run": run.label, **row} for run in runs for row in rows_of(run)])
         self._write("runs.csv", summaries)
+        for table in score_tables:
+            self._write(f"{table.name}.csv", scores(table))
         for figure in figures:
             if figure.name in _COMPUTED:
                 self._write(f"figures/{figure.name}.csv", points(figure))
@@ -86,6 +96,24 @@ class TableWriter:
             writer.writeheader()
             writer.writerows(rows)
         self.written.append(path)
+
+
+def scores(table: ScoreTable) -> list[dict[str, Any]]:
+    """A row a method; for each benchmark and the mean: score, error, ends over seeds, difference to the base, p."""
+    rows = []
+    for found in table.rows:
+        row: dict[str, Any] = {"model": found.base, "method": found.method, "run": found.label}
+        cells = {title: found.cells.get(name) for name, title in table.benchmarks.items()}
+        for title, cell in {**cells, **({"mean": found.mean} if table.of_mean else {})}.items():
+            values: dict[str, Any] = {} if cell is None else vars(cell)
+            difference: dict[str, Any] = {} if cell is None or cell.difference is None else vars(cell.difference)
+            row[title] = values.get("value")
+            row |= {f"{title} {key}": values.get(key) for key in ("stderr", "low", "high", "num_runs", "k", "n")}
+            row[f"{title} difference"] = difference.get("value")
+            row[f"{title} difference_stderr"] = difference.get("stderr")
+            row |= {f"{title} {key}": difference.get(key) for key in ("p_value", "p_holm", "test")}
+        rows.append(row)
+    return rows
 
 
 def points(figure: Figure) -> list[dict[str, Any]]:

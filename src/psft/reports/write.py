@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +14,13 @@ from typing import Any
 from psft.errors import RequestError
 from psft.reports.advice import next_run
 from psft.reports.charts import Figure
+from psft.reports.evaluations import Evaluation, read_bases
 from psft.reports.figures import Inputs, make_figures
 from psft.reports.groups import make_groups
 from psft.reports.load import Run, Sink, labels, load_run
 from psft.reports.page import Content, render
 from psft.reports.plot import has_matplotlib, save_figures
+from psft.reports.score_tables import make_tables
 from psft.reports.tables import TableWriter
 from psft.reports.verdict import Finding, findings
 from psft.runs import RunFolder
@@ -50,6 +52,7 @@ def write_report(
     commands: Collection[str] = (),
     refresh_s: float | None = None,
     images: bool | None = None,
+    bases: Sequence[str] = (),
 ) -> Written:
     """Read the runs and write their report.
 
@@ -58,21 +61,23 @@ def write_report(
         commands: names of the psft commands there are, so that the page names none that is missing.
         refresh_s: the page says that it is live and reads itself again so often, as long as a run has not ended; tables
             and image files are left for the last time, when all have. None = once and for all.
+        bases: results files of `psft eval`, or folders of them, for the models before training.
         images: whether to make PNG and PDF files, which take longest; None = if matplotlib is there.
     Raises:
-        RequestError: `out` cannot be written.
+        RequestError: `out` cannot be written, or a file of `bases` cannot be used.
     """
+    of_bases = read_bases(list(bases))
     _make(out)
     names = labels(paths)
     if refresh_s is not None:
         runs = _load(paths, names, None)
         if not all(run.is_over for run in runs):
-            return _write(runs, out, commands, refresh_s=refresh_s, save_images=None, save_tables=None)
+            return _write(runs, of_bases, out, commands, refresh_s=refresh_s, save_images=None, save_tables=None)
     writer = TableWriter(out / "tables", names)
     runs = _load(paths, names, writer.take)
     wants_images = has_matplotlib() if images is None else images
     save_images = save_figures if wants_images else None
-    return _write(runs, out, commands, refresh_s=None, save_images=save_images, save_tables=writer)
+    return _write(runs, of_bases, out, commands, refresh_s=None, save_images=save_images, save_tables=writer)
 
 
 def _load(paths: list[Path], names: list[str], sink: Sink | None) -> list[Run]:
@@ -83,6 +88,7 @@ def _load(paths: list[Path], names: list[str], sink: Sink | None) -> list[Run]:
 
 def _write(
     runs: list[Run],
+    bases: list[Evaluation],
     out: Path,
     commands: Collection[str],
     *,
@@ -92,11 +98,13 @@ def _write(
 ) -> Written:
     groups = make_groups(runs)
     found = {run.label: findings(run) for run in runs}
-    sections = make_figures(Inputs(groups, commands))
+    inputs = Inputs(groups, commands)
+    sections, score_tables = make_figures(inputs), make_tables(inputs, bases)
     figures = [figure for section in sections.values() for figure in section]
     content = Content(
         groups=groups,
         sections=sections,
+        score_tables=score_tables,
         findings=found,
         advice={run.label: next_run(run, found[run.label], runs) for run in runs},
         written_at=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC"),
@@ -104,7 +112,7 @@ def _write(
         has_images=save_images is not None,
     )
     if save_tables is not None:
-        save_tables.write(runs, figures, [_summary(run, found[run.label]) for run in runs])
+        save_tables.write(runs, figures, score_tables, [_summary(run, found[run.label]) for run in runs])
     images = save_images(figures, out / "figures") if save_images is not None else []
     replace_file(out / PAGE, _encoded(render(content)))
     if save_tables is not None:
