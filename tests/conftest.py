@@ -22,6 +22,7 @@ hypothesis.settings.load_profile("psft")
 for _name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ.setdefault(_name, "1")  # a test that reaches for the network fails at once instead of waiting for it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny products: a second thread only waits, on a busy machine for long
 _cache = tempfile.TemporaryDirectory(prefix="psft-test-cache-")
 (cache_folder() / "models").mkdir(parents=True, exist_ok=True)
 (Path(_cache.name) / "models").symlink_to(cache_folder() / "models")  # the quick-start model, if it is there
@@ -101,8 +102,6 @@ def make_tiny_model(tiny_tokenizer: Any) -> Callable[..., Any]:
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.set_num_threads(1)  # tiny products: a second thread only waits, and on a shared machine for long
 
     def make(seed: int = 0, **overrides: Any) -> Any:
         settings: dict[str, Any] = {

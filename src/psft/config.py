@@ -189,6 +189,16 @@ class PSFTFields(ObjectiveFields):
     deterministic: bool | None = _setting(
         None, "Use only kernels that give the same bits every time. Default: on a CPU, where it costs nothing."
     )
+    num_threads: int | str | None = _setting(
+        None,
+        "Threads of one process on the CPU: a number, or auto: its physical cores, or OMP_NUM_THREADS. Default: auto "
+        "on the command line; from Python the process is left as it is.",
+    )
+    matmul_precision: str | None = _setting(
+        None,
+        "float32 products: highest, high, medium as torch names them, or auto: the fastest that is exact, on a CPU. "
+        "Default: auto on the command line; from Python the process is left as it is.",
+    )
     max_bad_steps: int = _setting(
         3, "Steps in a row with a loss or gradient that is not finite; each is passed over, this many stop the run."
     )

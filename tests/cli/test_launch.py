@@ -11,12 +11,13 @@ from psft.accelerate import KINDS, config_file
 from psft.cli import launch as launching
 from psft.cli.main import main
 from psft.errors import RequestError
+from psft.machine import LOCAL_RANK
 
 
 @pytest.fixture(autouse=True)
 def here(monkeypatch):
     """A machine without accelerators, outside of any job."""
-    for name in (*launching._LAUNCHED, launching.FOLDER, "RANK", "DS_ACCELERATOR"):
+    for name in (*LOCAL_RANK, launching.FOLDER, "RANK", "DS_ACCELERATOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(launching, "_devices", lambda: (0, "CPU"))
 

@@ -271,6 +271,19 @@ def test_a_changed_learning_rate_is_announced(start, caplog):
     assert "learning_rate was 0.01 and is 0.002 now" in caplog.text
 
 
+def test_other_threads_or_precision_are_announced(start, caplog):
+    """Goes red if what the last bits follow from, beside the settings, is not watched."""
+    before = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    start("run", max_steps=2, num_threads=1, matmul_precision="highest").train()
+    try:
+        start("run", max_steps=4, resume=True, num_threads=2, matmul_precision="high").train()
+    finally:
+        torch.set_num_threads(before[0])
+        torch.set_float32_matmul_precision(before[1])
+    assert "num_threads was 1 and is 2 now" in caplog.text
+    assert "matmul_precision was highest and is high now" in caplog.text
+
+
 def test_the_records_tell_that_a_run_was_resumed(start):
     start("run", max_steps=4).train()
     again = start("run", resume=True)

@@ -32,12 +32,11 @@ from typing import Any
 from psft.accelerate import KINDS, config_file
 from psft.config import SAME_SIGNAL_S, LaunchArguments
 from psft.errors import RequestError, RunFailed, lost_a_peer, shown
+from psft.machine import LOCAL_RANK, physical_cores
 
 FOLDER = "PSFT_LAUNCH_FOLDER"
 """Environment variable of the ranks: a folder in which they tell their launcher how they ended."""
 _FAILURE, _STOPPED = "failure.json", "stopped.json"
-_LAUNCHED = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
-"""What torchrun, accelerate, DeepSpeed and MPI tell the processes they start."""
 _LOST_PEER_S = 5.0  # a rank that lost another waits this long for that one's own reason
 
 
@@ -69,7 +68,7 @@ def requested(argv: Sequence[str], *, command: str = "train") -> Launch | None:
     number, kind = asked.num_processes, asked.accelerate
     if number is None and kind is None:
         return None
-    rank = next((name for name in _LAUNCHED if name in os.environ), None)
+    rank = next((name for name in LOCAL_RANK if name in os.environ), None)
     if rank is not None:
         what = " and ".join(name for name, value in (("num_processes", number), ("accelerate", kind)) if value)
         raise RequestError(
@@ -311,8 +310,7 @@ def _without_noise() -> Iterator[None]:
 def _threads(launch: Launch) -> int:
     if os.environ.get("OMP_NUM_THREADS", "").isdigit():
         return int(os.environ["OMP_NUM_THREADS"])
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(cores // launch.num_processes, 1) if launch.on_cpu else 1
+    return max(physical_cores() // launch.num_processes, 1) if launch.on_cpu else 1
 
 
 def run_rank(body: Callable[[], int]) -> int:

@@ -79,6 +79,8 @@ def read_request(argv: Sequence[str], *, command: str) -> Request:
         missing = [f"--{n} is missing" for n, v in (("model_name_or_path", name), ("dataset", dataset)) if not v]
         raise RequestError("; ".join(missing) + f". Give both, or a recipe: psft {command} quickstart.")
     settings = per_section[PSFTConfig]
+    for setting in ("num_threads", "matmul_precision"):  # this process is psft's own, unlike a script's
+        settings.setdefault(setting, "auto")
     settings.setdefault("output_dir", f"runs/{Path(name).name}-{settings.get('objective', 'psft').replace(':', '-')}")
     if data.eval_dataset:
         settings.setdefault("eval_on_start", True)
@@ -158,7 +160,6 @@ def prepare_run(request: Request) -> PreparedRun:
         RequestError: unusable data, model or combination, or an output folder that holds another run.
     """
     from psft.cli.imports import without_collection
-    from psft.ops.precision import choose_cpu_matmul_precision
     from psft.runs import RunFolder
 
     with without_collection():
@@ -172,7 +173,6 @@ def prepare_run(request: Request) -> PreparedRun:
     is_resuming = bool(config.resume or config.resume_from_checkpoint) and folder.holds_run()
     if folder.holds_run() and not config.overwrite_output_dir and not is_resuming:
         folder.claim(overwrite=False)  # raises: it holds another run
-    choose_cpu_matmul_precision()
     trusted = {"trust_remote_code": config.trust_remote_code, "allow_pickle": config.allow_pickle}
     model_folder = resolve_model(request.model_name, model.model_revision, None, **trusted)
     tokenizer = load_tokenizer(request.model_name, config.chat_template_path, model.model_revision, **trusted)

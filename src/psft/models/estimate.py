@@ -9,6 +9,7 @@ import os
 import time
 from dataclasses import dataclass
 
+from psft.machine import logical_cores
 from psft.models.architectures import Architecture
 
 GIB = 2**30
@@ -41,7 +42,7 @@ def this_cpu() -> Device:
     """The machine's own processor; its peak is the fastest of five float32 matrix products (takes about 0.1 s)."""
     import numpy as np
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = logical_cores()
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     except (ValueError, OSError, AttributeError):

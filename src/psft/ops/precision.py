@@ -18,6 +18,32 @@ def has_native_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+MATMUL_PRECISIONS = ("auto", "highest", "high", "medium")
+"""What `set_matmul_precision` takes; the last three as `torch.set_float32_matmul_precision` names them."""
+
+
+def set_matmul_precision(wanted: str) -> str:
+    """Set how float32 products are computed in this process, and return what is in force.
+
+    "auto" chooses for a CPU (see `choose_cpu_matmul_precision`); on an accelerator it leaves everything as it is: there
+    less than "highest" means TF32 or bfloat16, a choice for the user, who may have made it already with `tf32`.
+    """
+    if wanted != "auto":
+        torch.set_float32_matmul_precision(wanted)
+    elif not torch.accelerator.is_available():
+        choose_cpu_matmul_precision()
+    return matmul_precision()
+
+
+def matmul_precision() -> str:
+    """How float32 products are computed now: highest, high, medium, or what torch's newer interface was told (tf32)."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch refuses to translate what `tf32` of transformers sets
+        backends: Any = torch.backends
+        return str(backends.fp32_precision)
+
+
 def choose_cpu_matmul_precision() -> str:
     """Set and return the float32 matmul precision for CPU work: "medium" where that is exact, else "highest".
 
@@ -70,7 +96,10 @@ def exact_small_products() -> Iterator[None]:
     The library behind "medium" rearranges the whole weight matrix at every call: worth it for training's hundreds of
     rows, many times too dear for one token a sequence.
     """
-    before = torch.get_float32_matmul_precision()
+    before = matmul_precision()
+    if before not in MATMUL_PRECISIONS:  # set through torch's newer interface, for accelerators
+        yield
+        return
     torch.set_float32_matmul_precision("highest")
     try:
         yield

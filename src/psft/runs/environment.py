@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from psft.machine import logical_cores, physical_cores
+
 PACKAGES = (
     "psft",
     "torch",
@@ -29,7 +31,8 @@ PACKAGES = (
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions (null: not installed), Python, platform, CPU count, memory (bytes), GPUs, git commit, command.
+    """Versions (null: not installed), Python, platform, cores that this process may use (cpu_count: with hyper-threads),
+    memory (bytes), GPUs, git commit, command.
 
     GPUs are listed only when torch is already imported and has CUDA; this function imports nothing heavy.
     """
@@ -37,7 +40,8 @@ def describe_environment() -> dict[str, Any]:
         "versions": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu_count": _cpu_count(),
+        "cpu_count": logical_cores(),
+        "physical_cores": physical_cores(),
         "memory_bytes": _memory_bytes(),
         "gpus": _gpus(),
         "git": _git_commit(),
@@ -64,12 +68,6 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_count() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))  # what this process may use, not what the machine has
-    return os.cpu_count() or 1
 
 
 def _memory_bytes() -> int | None:

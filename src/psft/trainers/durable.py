@@ -23,6 +23,7 @@ from psft.ops.precision import deterministic
 from psft.runs.checkpoints import publish, rotate, staging_root
 from psft.trainers.bad_steps import BadSteps
 from psft.trainers.clipped_tokens import ClippedTokens
+from psft.trainers.compute import use_machine
 from psft.trainers.micro_batch_cap import MicroBatchCap
 from psft.trainers.psft_config import PSFTConfig
 from psft.trainers.recording import RunRecorder
@@ -67,6 +68,7 @@ class DurableTrainer(SFTTrainer):
     _steps_in_epoch: int
 
     def __init__(self, model: Any, args: PSFTConfig, *positional: Any, **kwargs: Any) -> None:
+        use_machine(args)
         super().__init__(model, args, *positional, **kwargs)
         self.bad_steps = BadSteps(args.max_bad_steps)
         self.stop_signal = StopSignal()

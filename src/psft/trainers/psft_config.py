@@ -14,6 +14,7 @@ from psft.config import CHANGES, OBJECTIVE_SETTINGS, PSFTFields
 from psft.errors import RequestError
 from psft.objectives import Objective, resolve_objective
 from psft.ops.precision import has_native_bf16
+from psft.trainers.compute import compute_problems
 from psft.trainers.layout import LOSS_AGGREGATIONS
 from psft.trainers.trackers import refused_trackers
 from psft.window.schedule import check_batch_sizes
@@ -169,7 +170,7 @@ class PSFTConfig(PSFTFields, trl.SFTConfig):  # type: ignore[misc]  # train_batc
         return problems
 
     def _refusals(self) -> list[str]:
-        problems = refused_trackers(self.report_to or [])
+        problems = [*compute_problems(self), *refused_trackers(self.report_to or [])]
         if self.max_bad_steps < 1:
             problems.append(f"max_bad_steps={self.max_bad_steps} must be 1 or more")
         unknown = [name for name in self.allow_changed or [] if name not in CHANGES]

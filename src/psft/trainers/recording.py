@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from psft.errors import RequestError, RunFailed, first_line, lost_a_peer, lost_a_worker
+from psft.ops.precision import matmul_precision
 from psft.runs import RunFolder, command_line, describe_environment
 from psft.runs.checkpoints import remove_leftovers
 from psft.runs.rows import ProbeRow
@@ -311,7 +312,7 @@ class RunRecorder:
             "deterministic": torch.are_deterministic_algorithms_enabled(),
             "attention": self.trainer.attention,
             "head_kernel": self.trainer.head_kernel,
-            "matmul_precision": torch.get_float32_matmul_precision(),
+            "matmul_precision": matmul_precision(),
             "num_threads": torch.get_num_threads(),
             "environment": describe_environment(),
             **self.extra,

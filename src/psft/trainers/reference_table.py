@@ -16,6 +16,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from psft.data.microbatch import ROW_NUMBER, ROW_NUMBERS, MiniBatchCollator, NumberedRows, cut_by_tokens
 from psft.errors import RequestError
 from psft.machine import cache_folder
+from psft.ops.precision import matmul_precision
 from psft.trainers.reference_cache import (
     LogpTable,
     key_of,
@@ -115,7 +116,7 @@ def _cache_path_and_lengths(reference: FrozenReference) -> tuple[Path | None, Te
         config={name: value for name, value in config.to_dict().items() if name not in ("_name_or_path", "use_cache")},
         attention=config._attn_implementation,
         mixed_precision=trainer.accelerator.mixed_precision,
-        matmul_precision=torch.get_float32_matmul_precision(),
+        matmul_precision=matmul_precision(),
         head_kernel=trainer.head_kernel,
     )
     named = trainer.args.ref_cache_dir

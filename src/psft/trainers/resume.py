@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -21,6 +22,7 @@ from torch import Tensor
 from psft.config import CHANGES
 from psft.data.table import dataset_digest
 from psft.errors import RequestError
+from psft.ops.precision import matmul_precision
 from psft.runs.checkpoints import Checkpoint, newest_complete, what_is_wrong
 from psft.runs.folder import to_json
 from psft.window import Step, Window
@@ -99,6 +101,8 @@ def identity_of(trainer: DurableTrainer) -> dict[str, Any]:
             "watched": {
                 **{name: getattr(args, name) for name in _WATCHED},
                 "head_kernel": trainer.head_kernel, "attention": trainer.attention,
+                "matmul_precision": matmul_precision(),
+                "num_threads": torch.get_num_threads() if args.device.type == "cpu" else None,
             },
         }
     )  # fmt: skip
