@@ -39,6 +39,7 @@ def boxed(answer: str) -> str:
         (r"3 \pm 1", "2, 4"), (r"(-\infty, 2) \cup (3, \infty)", r"(3,\infty)\cup(-\infty,2)"),
         (r"2\sqrt{3}", r"\sqrt{12}"), (r"x^2+2x+1", r"(x+1)^2"), (r"\text{east}", "East"), (r"\text{(C)}", "C"),
         (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 1\\2 \end{pmatrix}"), ("17", ["16", "17"]),
+        ("2<x<5", "(2,5)"), (r"-2 \le x \le 7", "[-2,7]"), ("5 joules", "5"), ("E_2 + E_1", "E_{1}+E_{2}"),
     ],
 )  # fmt: skip
 def test_equivalent_writings_are_right(answer, gold):
@@ -50,6 +51,8 @@ def test_equivalent_writings_are_right(answer, gold):
     ("answer", "gold"),
     [
         ("0.5", "50"), ("2700", "27"), ("50", "0.5"),  # off by 100: right to the paper's script
+        (r"0.5\%", "0.5"), ("9" * 5000, "3"),
+        (r"(2, \infty)", "(2, 5)"), (r"(-\infty, 3)", r"(-\infty, 2)"), (r"\infty", r"-\infty"), ("6", "6m"),
         ("9.1e-31", "6.6e-34"), (r"9.1\times10^{-31}", r"6.6\times10^{-34}"),  # equal to math-verify
         ("1.001e40", "1e40"), ("41", "42"), ("-42", "42"), ("0.33", r"\frac13"), ("[0, 1)", "(0, 1)"),
         ("(1, 2)", "(2, 1)"), ("1, 2", "1, 2, 3"), (r"\{1,2\}", r"\{1,3\}"),

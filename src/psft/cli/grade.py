@@ -57,7 +57,7 @@ class Tally:
         """Count one `psft.rewards.Grade`."""
         self.num_rows += 1
         self.score += grade.score
-        self.without_answer += grade.extracted is None
+        self.without_answer += grade.extracted is None and not grade.is_timed_out
         self.timed_out += grade.is_timed_out
         for one, other in (("strict", "psft"), ("strict", "loose")):
             values = grade.details.get(one), grade.details.get(other)
@@ -111,7 +111,7 @@ def parse(argv: list[str]) -> Request | None:
     add = parser.add_argument
     add("source", metavar="IN.jsonl")
     add("--out", metavar="OUT.jsonl", required=True)
-    add("--grader", required=True, metavar="NAME", help=", ".join(grader_names()))
+    add("--grader", required=True, metavar="NAME", help=", ".join(grader_names()) + "; or module:Class, your own")
     add("--policy", help="math: strict (default; the last box) or psft (as the paper's script grades)")
     add("--require_boxed", choices=("true", "false"), help="math, strict: only a box is an answer; default true")
     add("--relative_tolerance", type=float, help="math, strict: between numbers; default 0")

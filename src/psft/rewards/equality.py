@@ -113,10 +113,11 @@ def _compare_measured(gold: str, answer: str, tolerance: float) -> Verdict:
     if of_gold.unit and of_answer.unit and of_gold.unit != of_answer.unit:
         return Verdict(False, f"in {of_answer.unit}, gold in {of_gold.unit}")
     is_equal = numbers_equal(one, other, tolerance)
-    if of_gold.is_percent != of_answer.is_percent and not is_equal:  # 62.5 % for 62.5, or for 0.625
+    if of_gold.is_percent != of_answer.is_percent:  # 62.5 % for 62.5, or for 0.625; but not 0.5 % for the share 0.5
+        is_share = of_answer.is_percent and abs(one.value) < 1
         hundredth = Number(one.value / 100, True) if of_gold.is_percent else one
         other = Number(other.value / 100, True) if of_answer.is_percent else other
-        is_equal = numbers_equal(hundredth, other, tolerance)
+        is_equal = is_equal and not is_share or numbers_equal(hundredth, other, tolerance)
     return Verdict(is_equal, "equal as numbers" if is_equal else "not equal as numbers")
 
 

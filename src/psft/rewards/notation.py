@@ -134,7 +134,7 @@ _UNIT_WORDS = "|".join(
 _POWER = r"(?:\s*\^\s*(?:\{?\s*-?\d\s*\}?))?"
 _TRAILING_UNIT = re.compile(
     rf"(?P<rest>.*[\d}})!%])\s*(?P<unit>(?:\\text\s*\{{[^{{}}]*\}}{_POWER}[\s./]*)+|\^\\circ\s*(?:[CFK]|\\text\s*\{{[^{{}}]*\}})?"
-    rf"|(?:(?<=[\d}})]) ?(?:{_UNIT_WORDS}){_POWER}(?![A-Za-z])[\s./]*)+)"
+    rf"|(?:(?:(?<=[\d}})]) ?(?:{_UNIT_WORDS})|(?<=[\d}})] )[A-Za-z]{{4,}}){_POWER}(?![A-Za-z])[\s./]*)+)"
 )
 
 

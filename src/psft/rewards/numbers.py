@@ -13,6 +13,8 @@ SIX_DIGITS = Fraction(5, 10**6)
 """Relative: how far a decimal of six correct significant digits may be from what it stands for."""
 _MOST_DIGITS = 5000
 """An exponent beyond this is not computed with: such a number is left to the symbolic comparison and its time limit."""
+_LONGEST = 1000
+"""Characters. A model that repeats a digit without end has written no number; Python refuses those of 4,300 digits."""
 
 _DECIMAL = r"(?:\d+(?:\.\d*)?|\.\d+)"
 _POWER_OF_TEN = r"10\s*\^\s*(?:\{\s*([-+]?\s*\d+)\s*\}|([-+]?\d+))"
@@ -42,6 +44,8 @@ def parse_number(text: str) -> Number | None:
     (True, None)
     """
     text = text.strip()
+    if len(text) > _LONGEST:
+        return None
     while text.startswith("{") and text.endswith("}") or re.fullmatch(r"\([^(),]*\)", text):
         text = text[1:-1].strip()
     for form, pattern in _FORMS.items():

@@ -7,6 +7,7 @@ the rows after it go to another worker. Nothing is retried, and nothing is lost.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
@@ -102,14 +103,14 @@ class _Worker:
         return bool(self.told) or not self.is_ready
 
     def tell(self, job: _Job) -> None:
-        """Raises ConnectionError if the process is gone; the row counts as told."""
+        """Raises OSError if the process is gone; the row counts as told."""
         if not self.told:
             self.deadline = time.monotonic() + self.silence_s
         self.told.append(job)
         self.connection.send_bytes(job.message)
 
     def hear(self) -> tuple[Any, ...]:
-        """Raises EOFError or ConnectionError if the process is gone."""
+        """Raises EOFError or OSError if the process is gone, in the middle of a word even."""
         message: tuple[Any, ...] = self.connection.recv()
         self.deadline = time.monotonic() + self.silence_s
         if message[0] == "ready":
@@ -187,7 +188,7 @@ class _Pool:
                 return
             try:
                 worker.tell(self.jobs.popleft())
-            except ConnectionError:
+            except OSError:
                 self._bury(worker)
 
     def _hear(self) -> None:
@@ -200,7 +201,7 @@ class _Pool:
                 self._note(worker.hear())
                 while worker.told and worker.connection.poll():
                     self._note(worker.hear())
-            except (EOFError, ConnectionError):
+            except (EOFError, OSError):
                 self._bury(worker)
         now = time.monotonic()
         for worker in [worker for worker in self.workers if worker.is_busy and worker.deadline <= now]:
@@ -216,13 +217,17 @@ class _Pool:
         """Write down why the row it died over has no grade, and give its other rows to whoever is free."""
         self.workers.remove(worker)
         if not is_silent:
+            with contextlib.suppress(EOFError, OSError):  # it may have said much before it died
+                while worker.told:
+                    self._note(worker.hear())
             worker.process.wait()  # its end of the socket is closed: it is ending
         code = worker.end()
         if not worker.is_ready:
             how = f"did not start within {START_S:g} s" if is_silent else f"ended with code {code} as it started"
             raise RunFailed(f"a worker of grader '{self.order[0]}' {how}. See its message above, if there is one.")
-        lost = worker.told.popleft()
-        self.grades[lost.number] = _grade_of_the_dead(code, is_silent, self.order[2])
+        if worker.told:
+            lost = worker.told.popleft()
+            self.grades[lost.number] = _grade_of_the_dead(code, is_silent, self.order[2])
         self.jobs.extendleft(reversed(worker.told))
 
 

@@ -1,13 +1,17 @@
-"""Find a grader by name. A grader's module is imported when the grader is asked for, never torch."""
+"""Find a grader by name, or one of your own by import path. A module is imported when its grader is asked for.
+
+The graders here import no torch.
+"""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 import inspect
+from collections.abc import Callable
 from typing import Any, cast
 
-from psft.errors import RequestError
+from psft.errors import RequestError, first_line
 from psft.rewards.base import Grader
 
 _REGISTERED = {
@@ -26,21 +30,28 @@ def get_grader(name: str, **settings: Any) -> Grader:
     """The grader called `name`.
 
     Args:
-        name: math, choice or ifeval.
+        name: math, choice or ifeval; or "module:Class" for one of your own, which has what `Grader` says.
         settings: of that grader; each has a default. math: policy, require_boxed, relative_tolerance. ifeval: is_loose,
             nltk_data.
     Raises:
         RequestError: no such grader or setting (with the nearest), or a wrong value.
     """
-    if name not in _REGISTERED:
-        raise RequestError(f"unknown grader {name!r}. {_nearest(name, grader_names())}")
-    module, _, attribute = _REGISTERED[name].partition(":")
-    grader = getattr(importlib.import_module(module), attribute)
+    grader = _imported(_REGISTERED.get(name, name))
     known = list(inspect.signature(grader).parameters)
     for setting in settings:
         if setting not in known:
             raise RequestError(f"grader '{name}' has no setting {setting!r}. {_nearest(setting, known)}")
     return cast(Grader, grader(**settings))
+
+
+def _imported(path: str) -> Callable[..., Any]:
+    module, colon, attribute = path.partition(":")
+    if not colon:
+        raise RequestError(f"unknown grader {path!r}. {_nearest(path, grader_names())}")
+    try:
+        return cast(Callable[..., Any], getattr(importlib.import_module(module), attribute))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise RequestError(f"grader {path!r} cannot be imported: {first_line(error)}. Check module:Class.") from error
 
 
 def _nearest(name: str, known: list[str]) -> str:

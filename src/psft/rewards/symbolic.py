@@ -6,12 +6,16 @@ compared here, relatively; math-verify compares the rest (sets, relations, matri
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
+import re
 from typing import Any
 
 from psft.errors import RequestError
 
+_E_WITH_INDEX = re.compile(r"(?<![A-Za-z\\])E(?=_)")
+"""A name such as E_1, which the parser of LaTeX cannot read: to it E is a number. Another letter stands for it."""
 _NOISY = ("math_verify", "latex2sympy2_extended", "latex2sympy2")
 _ROUNDED = 5e-6
 """Relative difference allowed where one side was written as a decimal: six significant digits."""
@@ -36,11 +40,19 @@ def load() -> None:
 
 @functools.lru_cache(maxsize=4096)
 def parse_answer(text: str) -> tuple[Any, ...]:
-    """What math-verify reads in one answer: a sympy object and the text, only the text, or nothing."""
+    """What math-verify reads in one answer: a sympy object and the text, only the text, or nothing.
+
+    Units are taken off before (`notation.without_unit`): math-verify would take the m off 6m. An answer that cannot be
+    parsed stays text; math-verify would go on to a fraction inside it.
+    """
     import math_verify
 
-    config = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]
-    return tuple(math_verify.parse(rf"\boxed{{{text}}}", config, parsing_timeout=None))
+    usual = math_verify.LatexExtractionConfig().normalization_config
+    config = math_verify.LatexExtractionConfig(
+        boxed_match_priority=0, normalization_config=dataclasses.replace(usual, units=False)
+    )
+    text = _E_WITH_INDEX.sub(r"\\Xi", text)
+    return tuple(math_verify.parse(rf"\boxed{{{text}}}", [config], extraction_mode="first_match", parsing_timeout=None))
 
 
 def parse_response(text: str) -> tuple[Any, ...]:
@@ -58,7 +70,7 @@ def expressions_equal(gold: tuple[Any, ...], answer: tuple[Any, ...], tolerance:
         verdict = _numbers_equal(gold[0], answer[0], tolerance)
         if verdict is not None:
             return verdict
-    return bool(math_verify.verify(list(gold), list(answer), timeout_seconds=None))
+    return bool(math_verify.verify(list(gold), list(answer), allow_set_relation_comp=True, timeout_seconds=None))
 
 
 def _numbers_equal(gold: Any, answer: Any, tolerance: float) -> bool | None:
@@ -69,6 +81,8 @@ def _numbers_equal(gold: Any, answer: Any, tolerance: float) -> bool | None:
         return None
     try:
         one, other = gold.doit(), answer.doit()
+        if one.is_finite is False or other.is_finite is False:
+            return bool(one == other)  # an infinite difference is within any share of an infinite size
         if one.is_Rational and other.is_Rational:
             difference, size = abs(one - other), max(abs(one), abs(other))
             return bool(difference == 0 or difference <= tolerance * size)
