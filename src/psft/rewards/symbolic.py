@@ -16,6 +16,8 @@ from psft.errors import RequestError
 
 _E_WITH_INDEX = re.compile(r"(?<![A-Za-z\\])E(?=_)")
 """A name such as E_1, which the parser of LaTeX cannot read: to it E is a number. Another letter stands for it."""
+_MOST_REMEMBERED = 20_000
+"""Parsed expressions, and pairs of them that were compared, that a process keeps."""
 _NOISY = ("math_verify", "latex2sympy2_extended", "latex2sympy2")
 _ROUNDED = 5e-6
 """Relative difference allowed where one side was written as a decimal: six significant digits."""
@@ -33,12 +35,22 @@ def load() -> None:
         import math_verify
     except ImportError as error:
         raise RequestError(f'grader math needs math-verify ({error}). Install it: pip install "psft[eval]".') from error
+    _remember_parsed()
     for name in _NOISY:  # it warns, once a process, that its alarms are off
         logging.getLogger(name).setLevel(logging.ERROR)
     assert math_verify.parse
 
 
-@functools.lru_cache(maxsize=4096)
+def _remember_parsed() -> None:
+    """Let math-verify keep what it parsed: it keeps 20 expressions, and samples of one problem repeat their answers."""
+    from math_verify import parser
+
+    plain = getattr(parser.parse_latex_cached, "__wrapped__", None)
+    if plain is not None and parser.parse_latex_cached.cache_parameters()["maxsize"] < _MOST_REMEMBERED:
+        parser.parse_latex_cached = functools.lru_cache(maxsize=_MOST_REMEMBERED)(plain)
+
+
+@functools.lru_cache(maxsize=_MOST_REMEMBERED)
 def parse_answer(text: str) -> tuple[Any, ...]:
     """What math-verify reads in one answer: a sympy object and the text, only the text, or nothing.
 
@@ -64,12 +76,22 @@ def parse_response(text: str) -> tuple[Any, ...]:
 
 def expressions_equal(gold: tuple[Any, ...], answer: tuple[Any, ...], tolerance: float = 0.0) -> bool:
     """Whether any reading of the answer equals one of the gold."""
-    import math_verify
-
     if gold and answer:
         verdict = _numbers_equal(gold[0], answer[0], tolerance)
         if verdict is not None:
             return verdict
+    try:
+        hash((gold, answer))
+    except TypeError:  # a matrix
+        return _verified.__wrapped__(gold, answer)
+    return _verified(gold, answer)
+
+
+@functools.lru_cache(maxsize=_MOST_REMEMBERED)
+def _verified(gold: tuple[Any, ...], answer: tuple[Any, ...]) -> bool:
+    """math-verify's verdict; both policies, and every sample that gives the answer, ask for it."""
+    import math_verify
+
     return bool(math_verify.verify(list(gold), list(answer), allow_set_relation_comp=True, timeout_seconds=None))
 
 
