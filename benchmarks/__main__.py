@@ -20,6 +20,7 @@ SUITES: dict[str, list[str]] = {
     "k_sweep": ["train_step.py", "--suite", "k_sweep"],
     "sweeps": ["sweeps.py"],
     "steps": ["train_step.py", "--suite", "steps"],
+    "grading": ["grading.py"],
     "gpu": ["gpu.py"],
     "head_gpu": ["head.py", "--device", "cuda"],
 }

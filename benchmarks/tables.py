@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -234,9 +235,36 @@ def gpu(found: Results) -> str:
     return "\n\n".join(parts)
 
 
+_MIXES = {
+    "math_repeated": "mathematics, 32 samples a problem",
+    "math_distinct": "mathematics, every answer wrong and another",
+    "math_long": "mathematics, 32 samples, long responses",
+    "choice": "multiple choice",
+    "ifeval": "IFEval",
+}
+
+
+def grading(found: Results) -> str:
+    content = found.get("grading")
+    if content is None:
+        return NOT_MEASURED
+    rows = []
+    for name, blocks in content["samples"].items():
+        details = blocks[-1]["details"]
+        row = [_MIXES.get(name, name), f"{details['answers']:,}", f"{details['characters'] / details['answers']:,.0f}"]
+        row += [f"{statistics.median(block['seconds'] for block in blocks):.0f}"]
+        row += [f"{statistics.median(block['details']['cpu_s_per_100k'] for block in blocks):.0f}"]
+        rows.append([*row, f"{details['largest_process_bytes'] / 2**20:.0f}", f"{details['timed_out']:.0f}"])
+    header = ["answers", "graded", "characters each", "s for 100,000", "CPU s for 100,000", "most MiB of a process"]
+    busy = " Other programs ran at the same time: the CPU seconds count." if content["prologue"]["is_contended"] else ""
+    versions, workers = content["prologue"]["versions"], content["settings"]["workers"]
+    graders = f"\n\n{workers} workers; math-verify {versions['math-verify']}, sympy {versions['sympy']}.{busy}"
+    return markdown([*header, "timed out"], rows) + graders + sources(["grading"], found)
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
     "headline": headline, "steps": steps, "k_sweep": k_sweep, "head": head, "head_memory": head_memory,
-    "memory": memory, "overheads": overheads, "sweeps": sweeps, "gpu": gpu,
+    "memory": memory, "overheads": overheads, "sweeps": sweeps, "grading": grading, "gpu": gpu,
 }  # fmt: skip
 
 

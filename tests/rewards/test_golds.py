@@ -19,7 +19,6 @@ NOT_UNDERSTOOD = {
     "m",
     r"\alpha",  # math-verify compares a lone symbol with nothing but a symbol
     r"\frac{dM}{dt}=\frac{10^{5} L_{\odot}}{0.007 c^{2} M_{\odot}^{6}} M^{6}",  # its parser reads no \odot
-    r"m_{p} c^{2}\left(\gamma^{2}-1\right) \sin ^{2} \theta",
     r"$m_{\max }=n^{2}-n-1$",  # nor \max as an index
     "$t(0,4]$",  # so it stands in the data set
 }

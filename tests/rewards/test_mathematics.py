@@ -9,7 +9,7 @@ import pytest
 
 from psft.errors import RequestError
 from psft.rewards import get_grader, grade_rows
-from psft.rewards.boxed import last_box
+from psft.rewards.boxed import is_box, last_box
 from psft.rewards.notation import gold_texts
 from psft.rewards.numbers import parse_number
 
@@ -40,6 +40,7 @@ def boxed(answer: str) -> str:
         (r"2\sqrt{3}", r"\sqrt{12}"), (r"x^2+2x+1", r"(x+1)^2"), (r"\text{east}", "East"), (r"\text{(C)}", "C"),
         (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 1\\2 \end{pmatrix}"), ("17", ["16", "17"]),
         ("2<x<5", "(2,5)"), (r"-2 \le x \le 7", "[-2,7]"), ("5 joules", "5"), ("E_2 + E_1", "E_{1}+E_{2}"),
+        (r"-1+\gamma^2", r"\gamma^{2}-1"), (r"m c^2 \gamma", r"\gamma m c^2"),
     ],
 )  # fmt: skip
 def test_equivalent_writings_are_right(answer, gold):
@@ -53,6 +54,7 @@ def test_equivalent_writings_are_right(answer, gold):
         ("0.5", "50"), ("2700", "27"), ("50", "0.5"),  # off by 100: right to the paper's script
         (r"0.5\%", "0.5"), ("9" * 5000, "3"),
         (r"(2, \infty)", "(2, 5)"), (r"(-\infty, 3)", r"(-\infty, 2)"), (r"\infty", r"-\infty"), ("6", "6m"),
+        (r"\frac{1}{0}", r"\frac{2}{0}"), (r"\gamma^2-5", r"\gamma^2-1"),  # without a value to math-verify: all one
         ("9.1e-31", "6.6e-34"), (r"9.1\times10^{-31}", r"6.6\times10^{-34}"),  # equal to math-verify
         ("1.001e40", "1e40"), ("41", "42"), ("-42", "42"), ("0.33", r"\frac13"), ("[0, 1)", "(0, 1)"),
         ("(1, 2)", "(2, 1)"), ("1, 2", "1, 2, 3"), (r"\{1,2\}", r"\{1,3\}"),
@@ -85,6 +87,8 @@ def test_the_last_whole_box_is_the_answer():
     assert scores(r"It is \boxed{42}, no, wait: \boxed{41}.", "42")[0] == 0.0
     assert last_box(r"\boxed{\frac{1}{2}} then \boxed{\frac{3}{") == r"\frac{1}{2}"
     assert last_box(r"\boxed{1} and \boxed{2}") == "1, 2"
+    assert is_box(r"$\boxed{5}$", "5") and is_box("5", "5") and is_box(r"\(\boxed{\frac{1}{2}}\)", r"\frac{1}{2}")
+    assert not is_box(r"\boxed{5} or 6", "5") and not is_box(r"\boxed{6}", "5") and not is_box("5", None)
     assert last_box("nothing") is None and last_box(r"\boxed{}") is None
 
 

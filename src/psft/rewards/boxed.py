@@ -75,6 +75,16 @@ def _unwrapped(content: str) -> str:
     return content
 
 
+def is_box(text: str, content: str | None) -> bool:
+    r"""Whether the text says `content` and nothing else, bare or in a box, with dollar signs or `\(...\)` around.
+
+    >>> is_box(r"\(\boxed{5}\)", "5"), is_box("5", "5"), is_box(r"\boxed{5} or 6", "5")
+    (True, True, False)
+    """
+    inside = text.strip(" $.").removeprefix(r"\(").removesuffix(r"\)").strip()
+    return content is not None and content in (text, _unwrapped(inside))
+
+
 _STATED = re.compile(
     r"(?:^[ \t]*####|^[ \t]*A:|(?:\*\*)?(?i:answer)(?:\*\*)?(?i:\s+is)?:?(?<=[:s*])(?:\*\*)?:?)"
     r"[ \t]*(?P<answer>[^\n]*\S)",

@@ -18,7 +18,7 @@ from typing import Any
 from psft.errors import RequestError
 from psft.rewards import symbolic
 from psft.rewards.base import Grade, text_field
-from psft.rewards.boxed import last_box, stated_answer
+from psft.rewards.boxed import is_box, last_box, stated_answer
 from psft.rewards.equality import Verdict, answers_equal
 from psft.rewards.notation import gold_texts, spelt
 
@@ -77,7 +77,7 @@ class MathGrader:
         """The three ways of the paper's script, one after the other."""
         verdict = _verdict(golds, box, PAPER_TOLERANCE)
         stated = stated_answer(response)
-        if not verdict.is_equal and stated is not None and stated != box:
+        if not verdict.is_equal and stated is not None and not is_box(stated, box):
             verdict = _any(verdict, _verdict(golds, stated, PAPER_TOLERANCE), "the stated answer is ")
         if not verdict.is_equal and (found := symbolic.parse_response(response)):
             same = any(symbolic.expressions_equal(_parsed(gold), found, PAPER_TOLERANCE) for gold in golds)

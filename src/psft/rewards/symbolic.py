@@ -13,11 +13,14 @@ import re
 from typing import Any
 
 from psft.errors import RequestError
+from psft.rewards import latex
+from psft.rewards.disproof import surely_differ
 
-_E_WITH_INDEX = re.compile(r"(?<![A-Za-z\\])E(?=_)")
-"""A name such as E_1, which the parser of LaTeX cannot read: to it E is a number. Another letter stands for it."""
-_MOST_REMEMBERED = 20_000
-"""Parsed expressions, and pairs of them that were compared, that a process keeps."""
+_MISREAD = (
+    (re.compile(r"(?<![A-Za-z\\])E(?=_)"), r"\\Xi"),
+    (re.compile(r"\\gamma(?![A-Za-z])(?!\s*\()"), r"\\Upsilon"),
+)
+"""Names that the parser takes for numbers or functions, as E_1 and \\gamma^2 - 1, and letters that stand for them."""
 _NOISY = ("math_verify", "latex2sympy2_extended", "latex2sympy2")
 _ROUNDED = 5e-6
 """Relative difference allowed where one side was written as a decimal: six significant digits."""
@@ -35,22 +38,13 @@ def load() -> None:
         import math_verify
     except ImportError as error:
         raise RequestError(f'grader math needs math-verify ({error}). Install it: pip install "psft[eval]".') from error
-    _remember_parsed()
+    latex.quicken()
     for name in _NOISY:  # it warns, once a process, that its alarms are off
         logging.getLogger(name).setLevel(logging.ERROR)
     assert math_verify.parse
 
 
-def _remember_parsed() -> None:
-    """Let math-verify keep what it parsed: it keeps 20 expressions, and samples of one problem repeat their answers."""
-    from math_verify import parser
-
-    plain = getattr(parser.parse_latex_cached, "__wrapped__", None)
-    if plain is not None and parser.parse_latex_cached.cache_parameters()["maxsize"] < _MOST_REMEMBERED:
-        parser.parse_latex_cached = functools.lru_cache(maxsize=_MOST_REMEMBERED)(plain)
-
-
-@functools.lru_cache(maxsize=_MOST_REMEMBERED)
+@functools.lru_cache(maxsize=latex.MOST_REMEMBERED)
 def parse_answer(text: str) -> tuple[Any, ...]:
     """What math-verify reads in one answer: a sympy object and the text, only the text, or nothing.
 
@@ -63,7 +57,8 @@ def parse_answer(text: str) -> tuple[Any, ...]:
     config = math_verify.LatexExtractionConfig(
         boxed_match_priority=0, normalization_config=dataclasses.replace(usual, units=False)
     )
-    text = _E_WITH_INDEX.sub(r"\\Xi", text)
+    for name, letter in _MISREAD:
+        text = name.sub(letter, text)
     return tuple(math_verify.parse(rf"\boxed{{{text}}}", [config], extraction_mode="first_match", parsing_timeout=None))
 
 
@@ -75,7 +70,9 @@ def parse_response(text: str) -> tuple[Any, ...]:
 
 
 def expressions_equal(gold: tuple[Any, ...], answer: tuple[Any, ...], tolerance: float = 0.0) -> bool:
-    """Whether any reading of the answer equals one of the gold."""
+    """Whether any reading of the answer equals one of the gold. What has no value equals nothing."""
+    if any(_is_undefined(expression) for expression in (*gold[:1], *answer[:1])):
+        return False
     if gold and answer:
         verdict = _numbers_equal(gold[0], answer[0], tolerance)
         if verdict is not None:
@@ -87,12 +84,21 @@ def expressions_equal(gold: tuple[Any, ...], answer: tuple[Any, ...], tolerance:
     return _verified(gold, answer)
 
 
-@functools.lru_cache(maxsize=_MOST_REMEMBERED)
+@functools.lru_cache(maxsize=latex.MOST_REMEMBERED)
 def _verified(gold: tuple[Any, ...], answer: tuple[Any, ...]) -> bool:
     """math-verify's verdict; both policies, and every sample that gives the answer, ask for it."""
     import math_verify
 
+    if gold and answer and gold[1:] != answer[1:] and surely_differ(gold[0], answer[0]):
+        return False
     return bool(math_verify.verify(list(gold), list(answer), allow_set_relation_comp=True, timeout_seconds=None))
+
+
+def _is_undefined(expression: Any) -> bool:
+    """Whether a division by zero is in it; to sympy all of them are one."""
+    from sympy import nan, zoo
+
+    return hasattr(expression, "has") and bool(expression.has(nan, zoo))
 
 
 def _numbers_equal(gold: Any, answer: Any, tolerance: float) -> bool | None:

@@ -24,6 +24,9 @@ PACKAGES = (
     "safetensors",
     "numpy",
     "reasoning-gym",
+    "math-verify",
+    "sympy",
+    "lm-eval",
     "vllm",
     "deepspeed",
 )
