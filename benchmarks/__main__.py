@@ -19,6 +19,7 @@ SUITES: dict[str, list[str]] = {
     "overheads": ["train_step.py", "--suite", "overheads"],
     "k_sweep": ["train_step.py", "--suite", "k_sweep"],
     "sweeps": ["sweeps.py"],
+    "generation": ["generation.py"],
     "steps": ["train_step.py", "--suite", "steps"],
     "grading": ["grading.py"],
     "gpu": ["gpu.py"],

@@ -262,9 +262,26 @@ def grading(found: Results) -> str:
     return markdown([*header, "timed out"], rows) + graders + sources(["grading"], found)
 
 
+def generation(found: Results) -> str:
+    content = found.get("generation")
+    if content is None:
+        return NOT_MEASURED
+    rows = []
+    for name, arm in content["summary"].items():
+        seconds = arm["seconds"]
+        rate = {"median": 1 / seconds["median"], "min": 1 / seconds["max"], "max": 1 / seconds["min"]}
+        spread = content["ratio_spreads"].get(f"{name}_over_one")
+        ratio, target = (shown_spread(spread), "≥ 3" if name == "batch_16" else "–") if spread else ("1", "–")
+        rows.append([name.removeprefix("batch_"), shown_spread(rate, 1), target, ratio])
+    header = ["samples at a time", "tokens/s of answers", "target", "over one at a time"]
+    work = "\n\n{answers} answers of at most {max_tokens} tokens, {dtype}.".format(**content["settings"])
+    return markdown(header, rows) + work + sources(["generation"], found)
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
     "headline": headline, "steps": steps, "k_sweep": k_sweep, "head": head, "head_memory": head_memory,
-    "memory": memory, "overheads": overheads, "sweeps": sweeps, "grading": grading, "gpu": gpu,
+    "memory": memory, "overheads": overheads, "sweeps": sweeps, "grading": grading, "generation": generation,
+    "gpu": gpu,
 }  # fmt: skip
 
 

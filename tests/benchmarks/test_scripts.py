@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, head, memory, prologue, steps, sweeps, tables, train_step
+from benchmarks import generation, gpu, head, memory, prologue, steps, sweeps, tables, train_step
 from benchmarks.harness import Spread, check_results, read_results
 from benchmarks.quick import faster_dtype, largest_fitting
 
@@ -124,6 +124,17 @@ def test_sweeps(folder: Path) -> None:
     assert sweeps.main(["--tiny", "--out", str(folder), "--repetitions", "1", "--dtype", "float32"]) == 0
     assert len(read_results(folder / "sweeps.json")["points"]) == len(sweeps.TINY_POINTS)
     assert "| 128 | 512 | 50% |" in tables.sweeps(tables.load(folder))
+
+
+def test_generation(folder: Path, tiny_model_path: Path) -> None:
+    """Goes red if arms answer other requests, if the table looks for another file, or a ratio is turned over."""
+    arguments = ["--model", str(tiny_model_path), "--answers", "5", "--max-tokens", "6", "--batch-sizes", "3"]
+    assert generation.main([*arguments, "--out", str(folder / "generation.json"), "--repetitions", "1"]) == 0
+    content = read_results(folder / "generation.json")
+    (one,), (three,) = (content["samples"][name] for name in ("batch_1", "batch_3"))
+    assert 5 <= one["details"]["answer_tokens"] <= 30 and 5 <= three["details"]["answer_tokens"] <= 30
+    assert content["ratios"] == {"batch_3_over_one": pytest.approx(one["seconds"] / three["seconds"])}
+    assert f"| 1 | {1 / one['seconds']:.1f} [" in tables.generation({"generation": content})
 
 
 @pytest.mark.parametrize("checkpointing", ["off", pytest.param("on", marks=pytest.mark.slow)])
