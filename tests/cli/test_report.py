@@ -210,7 +210,7 @@ def test_the_page_names_only_settings_there_are():
     from psft.trainers.psft_config import PSFTConfig
 
     known = set(collect_settings((DataArguments, ModelArguments, PSFTConfig, LaunchArguments)))
-    known |= {"out", "watch", "every", "resume", "suite"}
+    known |= {"out", "watch", "every", "base", "resume", "suite", "run_dir", "step"}
     sources = (ROOT / "src" / "psft" / "reports").rglob("*.py")
     named = {flag for path in sources for flag in re.findall(r"--([a-z_]{2,})", path.read_text(encoding="utf-8"))}
     assert len(named) > 5 and named - known == set()

@@ -100,7 +100,7 @@ def _comparability(row: Row, found: Mapping[str, Sequence[Measurement]], base: M
         f"{row.label} and its base {words}: {', '.join(benchmarks.title((name, 'accuracy', None)) for name in names)}."
         for names, words in (
             (other, "were asked items of different files, so that no difference is given"),
-            (unpaired, "are compared by their standard errors alone, since no results file has the items of both"),
+            (unpaired, "are compared by standard errors alone; results files of both (--base) compare item by item"),
             (asked, "were not asked alike (prompt, sampling or k)"),
         )
         if names
