@@ -35,6 +35,8 @@ class DataArguments:
         "error", "error: stop and list the first ten bad rows; skip: leave them out, each recorded."
     )
     max_rows: int | None = _setting(None, "Use only the first N rows.")
+    data_cache: bool = _setting(True, "Keep prepared data for the next run, and use what an earlier one has kept.")
+    data_cache_dir: str | None = _setting(None, "Where prepared data are kept. Default: psft's cache.")
 
 
 @dataclass(kw_only=True)

@@ -46,11 +46,15 @@ def test_lists_of_commands_and_recipes_need_no_package(tmp_path):
 
 def test_a_plan_imports_no_trainer(tmp_path, tiny_model_path):
     """It needs PSFTConfig, hence torch, TRL's configuration and what those bring. Goes red if psft.trainers brings the
-    trainer with it, the data room `datasets`, or Arrow pandas (`pa.array`, `to_numpy`)."""
+    trainer with it, the data room `datasets`, or Arrow pandas (`pa.array`, `to_numpy`); or if demonstrations that were
+    prepared before are generated again."""
     request = ["--model_name_or_path", str(tiny_model_path), "--dataset", "reasoning-gym:gsm_symbolic?size=8&seed=1"]
-    modules, plan = imported(tmp_path, "plan", *request)
-    assert "trl.trainer.sft_config" in modules and modules & TRAINERS == set()
-    assert "8 of 8" in plan
+    modules, first = imported(tmp_path, "plan", *request)
+    assert {"trl.trainer.sft_config", "reasoning_gym"} <= modules and modules & TRAINERS == set()
+    modules, again = imported(tmp_path, "plan", *request)
+    assert modules & (TRAINERS | ACCIDENTS) == set()
+    assert "8 of 8" in first and "prepared before" not in first
+    assert f"prepared before  read from {tmp_path / 'cache' / 'prepared'}" in again
 
 
 def test_the_help_of_a_command_is_made_once(tmp_path):

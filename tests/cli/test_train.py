@@ -169,3 +169,21 @@ def test_skipped_rows_are_recorded_with_line_and_reason(train, demonstrations_pa
     assert train("--on_bad_row", "skip") == 0
     (row,) = map(json.loads, (tmp_path / "run" / "rejected.jsonl").open())
     assert row["line"] == 13 and row["reason"]
+
+
+def test_the_second_run_reads_what_the_first_has_prepared_and_says_so(train, demonstrations_path, tmp_path, capsys):
+    """Goes red if the cache is not used, not mentioned, used against the flag, or gives other rows."""
+    cache = ["--data_cache_dir", str(tmp_path / "cache"), "--eval_dataset", f"clips={demonstrations_path}"]
+    once = f"prepared before, read from {tmp_path / 'cache'}"
+    assert train(*cache, "--max_steps", "1") == 0
+    first = capsys.readouterr().out
+    assert first.count(once) == 1  # the held-out rows are the training rows here
+    for flags, count in (cache, 2), (["--no_data_cache", *cache[2:]], 0):
+        folder = ["--output_dir", str(tmp_path / f"again{count}")]
+        assert train(*flags, *folder, "--max_steps", "1") == 0
+        assert capsys.readouterr().out.count("prepared before") == count
+    rows = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("run", "again2", "again0")]
+    losses = [[json.loads(line)["loss"] for line in text.splitlines()] for text in rows]
+    assert losses[0] == losses[1] == losses[2]
+    assert train("--no_data_cache", *cache, "--output_dir", str(tmp_path / "no")) == 2
+    assert "data_cache_dir has no effect with no_data_cache" in capsys.readouterr().err

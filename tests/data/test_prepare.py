@@ -299,3 +299,24 @@ def test_real_training_files_are_read_whole(name, prepare, shared_data):
     report = prepare(shared_data / "train" / name, max_length=None, columns=columns, on_bad_row="skip").report
     assert (report.format, report.num_rows, report.num_used) == (format, num_rows, num_rows - num_empty)
     assert report.reasons == ({"empty answer": num_empty} if num_empty else {})
+
+
+def test_generated_demonstrations_are_named_by_what_they_follow_from(monkeypatch):
+    """The data cache knows them by it. Goes red if the seed, or the generator's version, is left out."""
+    from psft.data import demonstrations
+    from psft.data.sources import open_source
+
+    first = "reasoning-gym:gsm_symbolic?size=4&seed=1"
+    assert open_source(first).digest() == open_source(first).digest()
+    assert open_source(first).digest() != open_source(first.replace("seed=1", "seed=2")).digest()
+    before = open_source(first).digest()
+    monkeypatch.setattr(demonstrations.importlib.metadata, "version", lambda name: "99")
+    assert open_source(first).digest() != before
+
+
+def test_splits_of_a_folder_have_names_of_their_own(tmp_path):
+    """The data cache knows them by it. Goes red if two splits of one folder share a name."""
+    from psft.data.sources import open_source
+
+    path = write_source("saved_dict", tmp_path)
+    assert open_source(str(path), split="train").digest() != open_source(str(path), split="test").digest()

@@ -137,6 +137,7 @@ def _check_shares(settings: Any, launch: LaunchArguments) -> None:
 
 def _look_at_data(data: Any, model: Any, settings: Any) -> _Data:
     """Tokenises what is on this machine; for anything else the known number of rows, with a note."""
+    from psft.cli.train import data_cache_folder
     from psft.data import prepare_dataset
     from psft.data.sources import read_rows
     from psft.errors import RequestError
@@ -177,6 +178,8 @@ def _look_at_data(data: Any, model: Any, settings: Any) -> _Data:
                 system_prompt=data.system_prompt,
                 on_bad_row=data.on_bad_row,
                 max_rows=data.max_rows,
+                num_processes=settings.dataset_num_proc,
+                cache_dir=data_cache_folder(data),
             )
             return _Data(prepared.report.num_used, "counted", prepared, tokenizer)
     else:
@@ -283,6 +286,8 @@ def _data_facts(found: _Data, data: Any, settings: Any) -> list[tuple[str, str]]
         ("truncated", f"{report.num_truncated} rows (max_length {settings.max_length})"),
         ("end token", f"{report.end_token}  (trained)"),
     ]
+    if found.prepared.cached_in is not None:
+        facts.append(("prepared before", f"read from {found.prepared.cached_in}"))
     if report.num_rejected:
         facts.append(("rejected", ", ".join(f"{count} x {reason}" for reason, count in report.reasons.items())))
     return facts

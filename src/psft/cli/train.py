@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from psft.errors import RequestError
+from psft.machine import cache_folder
 
 if TYPE_CHECKING:
     from psft.config import DataArguments, ModelArguments
-    from psft.data.prepare import DataReport, Prepared
+    from psft.data import DataReport, Prepared
     from psft.trainers import PSFTConfig, PSFTTrainer
 
 HELP = "fine-tune a model on demonstrations"
@@ -189,7 +190,7 @@ def prepare_run(request: Request) -> PreparedRun:
                 shutil.move(rejected, folder.path / "rejected.jsonl")
             raise
         for name, part in prepared.items() if config.process_index == 0 else ():
-            print(_data_line(name, part.report))
+            print(_data_line(name, part))
         attention = choose_attention(
             model.attn_implementation,
             model_folder,
@@ -250,6 +251,8 @@ def _prepare_data(request: Request, tokenizer: Any, rejected: Path) -> dict[str,
         "columns": data.columns,
         "system_prompt": data.system_prompt,
         "on_bad_row": data.on_bad_row,
+        "num_processes": config.dataset_num_proc,
+        "cache_dir": data_cache_folder(data),
     }
     prepared = {
         "train": prepare_dataset(
@@ -266,6 +269,21 @@ def _prepare_data(request: Request, tokenizer: Any, rejected: Path) -> dict[str,
             **shared,
         )
     return prepared
+
+
+def data_cache_folder(data: DataArguments) -> Path | None:
+    """Where prepared data are kept and looked for; None: nowhere.
+
+    Raises:
+        RequestError: a folder is named and nothing is to be kept.
+    """
+    if not data.data_cache:
+        if data.data_cache_dir is not None:
+            raise RequestError("data_cache_dir has no effect with no_data_cache. Give one of them.")
+        return None
+    if data.data_cache_dir is not None:
+        return Path(data.data_cache_dir).expanduser()
+    return cache_folder() / "prepared"
 
 
 def named_sources(sources: Sequence[str]) -> dict[str, str]:
@@ -286,13 +304,15 @@ def named_sources(sources: Sequence[str]) -> dict[str, str]:
     return named
 
 
-def _data_line(name: str, report: DataReport) -> str:
+def _data_line(name: str, part: Prepared) -> str:
+    report = part.report
     share = report.num_trained_tokens / max(report.num_tokens, 1)
     counts = {"truncated": report.num_truncated, "rejected": report.num_rejected}
     notes = "".join(f", {count:,} {what}" for what, count in counts.items() if count)
     return (
         f"{name}: {report.num_used:,} rows of {report.source} ({report.format}), {report.num_tokens:,} tokens, "
         f"{share:.0%} trained, end token {report.end_token}{notes}"
+        + ("" if part.cached_in is None else f"; prepared before, read from {part.cached_in}")
     )
 
 

@@ -6,6 +6,8 @@ a line `#### NUMBER`, as GSM8K's do, so that a greedy answer can be graded with 
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
 import re
 from collections.abc import Iterator
 from urllib.parse import parse_qsl
@@ -74,6 +76,15 @@ def read_demonstrations(source: str) -> Iterator[Row]:
         raise RequestError(f"{source} needs reasoning-gym: pip install reasoning-gym.") from error
     entries = reasoning_gym.create_dataset(_TASK, **options)
     return (_demonstration(source, number, entry) for number, entry in enumerate(entries, start=1))
+
+
+def demonstrations_version(source: str) -> str:
+    """What the rows of a `reasoning-gym:` source follow from: its own text, and who draws the random numbers."""
+    try:
+        version = importlib.metadata.version("reasoning-gym")
+    except importlib.metadata.PackageNotFoundError:
+        version = "not installed"
+    return f"{source}, reasoning-gym {version}, Python {platform.python_version()}"
 
 
 def _demonstration(source: str, number: int, entry: dict) -> Row:

@@ -1,7 +1,8 @@
 """From a source to a tokenised data set with loss mask, a report of what was found, and the rejected rows.
 
 Lifecycle of a row: read (`sources`) -> recognised (`formats`) -> checked (`validate`) -> rendered and tokenised
-(`render`) -> cut at `max_length` -> stored, or rejected with a reason at any of these.
+(`render`) -> cut at `max_length` -> stored, or rejected with a reason at any of these. Large sources are encoded by
+several processes (`workers`); what came of a source can be kept for the next run (`prepared_cache`).
 """
 
 from __future__ import annotations
@@ -9,23 +10,25 @@ from __future__ import annotations
 import logging
 import unicodedata
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from psft.data.formats import Format, choose_format
-from psft.data.render import Encoded, Encoder, Rendered, decode, make_renderer
-from psft.data.rows import Rejection, Row, RowRejected
-from psft.data.sources import read_rows
-from psft.data.validate import to_conversation
+from psft.data.digests import digest_of_code, digest_of_tokenizer, digest_of_values
+from psft.data.encode import RowEncoder
+from psft.data.formats import choose_format
+from psft.data.prepared_cache import PreparedCache
+from psft.data.render import decode
+from psft.data.rows import Row
+from psft.data.sources import Source, open_source
+from psft.data.tally import DataReport, Outcome, gather, make_report, stop_on_bad_rows, write_rejections
+from psft.data.workers import in_order
 from psft.errors import RequestError, shown
-from psft.ops import IGNORE_INDEX
+from psft.labels import IGNORE_INDEX
+from psft.machine import local_ranks, logical_cores
 
 if TYPE_CHECKING:
     import datasets
@@ -35,63 +38,30 @@ logger = logging.getLogger(__name__)
 
 _ROWS_TO_RECOGNISE = 100
 _BATCH_ROWS = 256
-_LISTED_ROWS = 10
+_SMALL = 16 * _BATCH_ROWS  # rows that one process encodes in the time that others would take to start
+_MOST_PROCESSES = 16  # the process that reads the rows and takes the results keeps no more than these busy
+_QUICK_DIGEST = 1 << 28  # bytes; digesting more takes longer than encoding a few rows
 _ON_BAD_ROW = ("error", "skip")
 
 
 @dataclass(frozen=True)
-class DataReport:
-    """What `prepare_dataset` found. Counts are rows or tokens; lengths are tokens after truncation.
-
-    num_with_special_text: rows used that hold the string of a special token, which was tokenised as ordinary text.
-    """
-
-    source: str
-    format: str
-    num_rows: int
-    num_used: int
-    num_rejected: int
-    num_truncated: int
-    num_tokens: int
-    num_trained_tokens: int
-    length_quantiles: dict[str, int]
-    reasons: dict[str, int]
-    end_token: str
-    num_with_special_text: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
 class Prepared:
-    """table: Arrow, columns input_ids and labels (aligned, not shifted; -100 = not trained)."""
+    """table: Arrow, columns input_ids and labels (aligned, not shifted; -100 = not trained).
+
+    cached_in: the folder it was read from, as an earlier run had prepared it; None if it was prepared now.
+    """
 
     table: Any
     report: DataReport
+    cached_in: Path | None = None
 
     @cached_property
     def dataset(self) -> datasets.Dataset:
-        """The table as a data set of `datasets`, which a plan does without: its import takes most of a second."""
+        """The table as a data set of `datasets`, whose import takes most of a second."""
         import datasets
 
         # Without a name of its own, `datasets` would find one by reading every row
         return datasets.Dataset(self.table, fingerprint=uuid.uuid4().hex)
-
-
-@dataclass
-class _Tally:
-    """What has come out so far: encoded batches, and everything the report counts."""
-
-    batches: list[Any] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    rejections: list[Rejection] = field(default_factory=list)
-    num_rows: int = 0
-    num_truncated: int = 0
-    num_trained_tokens: int = 0
-    num_too_long: int = 0
-    num_with_special_text: int = 0
-    first_special_text: str = ""
 
 
 def prepare_dataset(
@@ -108,6 +78,8 @@ def prepare_dataset(
     rejected_path: Path | None = None,
     max_rows: int | None = None,
     description: str = "data",
+    num_processes: int | None = None,
+    cache_dir: Path | None = None,
 ) -> Prepared:
     """Read, check, render and tokenise `source`.
 
@@ -116,46 +88,124 @@ def prepare_dataset(
         on_bad_row: "error" stops after the last row and lists the first ten bad ones; "skip" leaves them out.
         rejected_path: where rejected rows are written, one JSON object a line; nothing is written if there is none.
         description: what the progress bar is called; the bar shows after two seconds.
+        num_processes: that encode a source of more than 4096 rows; the result is the same. None = one a core, 16 at
+            most.
+        cache_dir: folder of prepared data sets (`PreparedCache`), read and written; None = neither.
     Raises:
         RequestError: the source cannot be read, its format is unknown, rows are bad and `on_bad_row` is "error", or
             no row is left.
+        RunFailed: a process that encodes died.
     """
     if on_bad_row not in _ON_BAD_ROW:
         raise RequestError(f"on_bad_row is {on_bad_row!r}; it is one of {', '.join(_ON_BAD_ROW)}.")
     if max_length is not None and max_length < 2:
         raise RequestError(f"max_length is {max_length}; a sequence needs at least 2 tokens.")
+    if num_processes is not None and num_processes < 1:
+        raise RequestError(f"the number of processes is {num_processes}; give 1 or more.")
     if system_prompt is not None:
         _require_encodable(system_prompt)
-    rows = read_rows(source, split=split, config_name=config_name, max_rows=max_rows)
-    head = list(islice(rows, _ROWS_TO_RECOGNISE))
-    format = choose_format(
-        (row.value for row in head if row.problem is None),
-        dataset_format=dataset_format,
-        columns=columns,
-        source=source,
-    )
-    renderer, encoder = make_renderer(tokenizer, format.name)
+    opened = open_source(source, split=split, config_name=config_name)
+    options: dict[str, Any] = {
+        "dataset_format": dataset_format,
+        "columns": None if columns is None else dict(columns),
+        "system_prompt": system_prompt,
+        "max_length": max_length,
+    }
 
-    def pieces_of(row: Row) -> Rendered:
-        try:
-            conversation = to_conversation(row, format, columns=columns, system_prompt=system_prompt)
-            encoder.require_kept(conversation)
-            return renderer.pieces(conversation)
-        except RequestError as error:  # the chat template had to be stopped
-            raise RequestError(f"{row.where}: {error}") from error
-
-    tally = _Tally()
-    for batch in _batches(_with_progress(chain(head, rows), description)):
-        _encode_batch(batch, pieces_of, encoder, max_length, tally)
-    if tally.num_with_special_text:
+    encode = partial(_encode, opened, tokenizer, description, max_rows, num_processes, **options)
+    is_worth_keeping = max_rows is None or max_rows > _SMALL or opened.num_bytes < _QUICK_DIGEST
+    if cache_dir is not None and is_worth_keeping:
+        outcome, is_cached = _kept_or_made(opened, tokenizer, cache_dir, encode, max_rows=max_rows, **options)
+    else:
+        outcome, is_cached = encode(), False
+    total = outcome.total
+    if total.num_with_special_text:
         logger.warning(
             "%s: the text of a special token stands in %d of %d rows, first %s; it is tokenised as ordinary text.",
-            shown(source), tally.num_with_special_text, tally.num_rows, tally.first_special_text,
+            shown(source), total.num_with_special_text, total.num_rows, total.first_special_text,
         )  # fmt: skip
-    if rejected_path is not None and tally.rejections:
-        _write_rejections(Path(rejected_path), tally.rejections)
-    _stop_on_bad_rows(source, tally, on_bad_row, max_length)
-    return Prepared(_to_table(tally), _make_report(source, format, tally, renderer.end_token))
+    if rejected_path is not None and total.rejections:
+        write_rejections(Path(rejected_path), total.rejections)
+    stop_on_bad_rows(outcome, on_bad_row, max_length)
+    return Prepared(total.rows, make_report(outcome), cache_dir if is_cached else None)
+
+
+def _kept_or_made(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    cache_dir: Path,
+    encode: Callable[[], Outcome],
+    **options: Any,
+) -> tuple[Outcome, bool]:
+    """What an earlier run has kept, and True; else what `encode` makes, which is kept, and False.
+
+    The source is digested again once it has been read. Where it is another, or was written meanwhile, nothing is kept:
+    the name of the entry would be that of other rows.
+    """
+    of_tokenizer = digest_of_tokenizer(tokenizer)
+    if of_tokenizer is None:
+        logger.info("the prepared data are not kept: this tokenizer runs code that a digest cannot see.")
+        return encode(), False
+    stamp, content = source.stamp(), source.digest()
+    parts = {"source": source.name, "content": content, "tokenizer": of_tokenizer, "code": digest_of_code()}
+    cache = PreparedCache(cache_dir, digest_of_values(parts | options)[:32])
+    with cache.locked() as is_alone:
+        kept = cache.read()
+        if kept is not None:
+            return kept, True
+        made = encode()
+        if _is_another(source, stamp, content):
+            logger.warning(
+                "%s was written while it was read: the run has the rows it held then, and they are not kept for "
+                "another. Start again once it is whole.",
+                shown(source.name),
+            )
+        elif is_alone:
+            cache.write(made)
+    return made, False
+
+
+def _is_another(source: Source, stamp: object, content: str) -> bool:
+    try:
+        return source.digest() != content or source.stamp() != stamp
+    except RequestError:  # it is gone
+        return True
+
+
+def _encode(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    description: str,
+    max_rows: int | None,
+    num_processes: int | None,
+    *,
+    dataset_format: str,
+    columns: Mapping[str, str] | None,
+    system_prompt: str | None,
+    max_length: int | None,
+) -> Outcome:
+    rows = source.rows(max_rows)
+    head = list(islice(rows, _SMALL + 1))
+    format = choose_format(
+        (row.value for row in head[:_ROWS_TO_RECOGNISE] if row.problem is None),
+        dataset_format=dataset_format,
+        columns=columns,
+        source=source.name,
+    )
+    encode = RowEncoder(tokenizer, format, columns=columns, system_prompt=system_prompt, max_length=max_length)
+    batches = _batches(_with_progress(chain(head, rows), description))
+    is_small = len(head) <= _SMALL
+    total = gather(in_order(encode, batches, 1 if is_small else _processes(num_processes, tokenizer)))
+    return Outcome(source.name, format.name, encode.end_token, total)
+
+
+def _processes(wanted: int | None, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many encode a large source: as many as asked for, else one a core of this rank's share, 16 at most."""
+    number = wanted or max(1, min(logical_cores() // local_ranks(), _MOST_PROCESSES))
+    if number > 1 and digest_of_tokenizer(tokenizer) is None:
+        logger.info("one process prepares the data: this tokenizer runs code that another may not have.")
+        return 1
+    return number
 
 
 def render_example(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, index: int = 0) -> str:
@@ -201,113 +251,3 @@ def _with_progress(rows: Iterator[Row], description: str) -> Iterator[Row]:
 def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
     while batch := list(islice(rows, _BATCH_ROWS)):
         yield batch
-
-
-def _encode_batch(
-    batch: list[Row], pieces_of: Callable[[Row], Rendered], encoder: Encoder, max_length: int | None, tally: _Tally
-) -> None:
-    """Validate and tokenise a batch; good rows and rejections go to `tally`, in the order of the source."""
-    tally.num_rows += len(batch)
-    rendered: list[Rendered | RowRejected] = []
-    for row in batch:
-        try:
-            rendered.append(pieces_of(row))
-        except RowRejected as error:
-            rendered.append(error)
-        except RecursionError:
-            rendered.append(RowRejected("nested too deeply"))
-    encoded = iter(encoder.encode([item for item in rendered if isinstance(item, Rendered)]))
-    kept: list[Encoded] = []
-    for row, item in zip(batch, rendered, strict=True):
-        found = next(encoded) if isinstance(item, Rendered) else item
-        if isinstance(found, RowRejected):
-            tally.rejections.append(Rejection.of(row, found))
-            continue
-        ids, labels = found
-        cut_ids, cut_labels = ids[:max_length], labels[:max_length]
-        num_trained = len(cut_labels) - cut_labels.count(IGNORE_INDEX)
-        if num_trained == 0:
-            tally.num_too_long += max_length is not None and len(ids) > max_length
-            tally.rejections.append(Rejection.of(row, _nothing_trained(len(ids), max_length)))
-            continue
-        if isinstance(item, Rendered) and item.quotes:
-            tally.num_with_special_text += 1
-            tally.first_special_text = tally.first_special_text or f"{min(item.quotes.values())!r} in {row.where}"
-        tally.num_truncated += len(cut_ids) < len(ids)
-        tally.num_trained_tokens += num_trained
-        tally.lengths.append(len(cut_ids))
-        kept.append((cut_ids, cut_labels))
-    if kept:
-        tally.batches.append(_to_arrow(kept))
-
-
-def _nothing_trained(length: int, max_length: int | None) -> RowRejected:
-    if max_length is None or length <= max_length:
-        return RowRejected("no token to train")
-    return RowRejected(f"no answer token within max_length={max_length}", f"{length} tokens")
-
-
-def _to_arrow(rows: list[tuple[list[int], list[int]]]) -> Any:
-    """A batch as two int32 list columns: a twentieth of what Python lists of ints take."""
-    import pyarrow as pa
-
-    def int32(values: np.ndarray) -> Any:  # `pa.array` would import pandas, to ask whether they are a series of its own
-        return pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values)])
-
-    offsets = int32(np.cumsum([0, *(len(ids) for ids, _ in rows)], dtype=np.int32))
-    columns = []
-    for column in zip(*rows, strict=True):
-        values = np.concatenate([np.asarray(one, dtype=np.int32) for one in column])
-        columns.append(pa.ListArray.from_arrays(offsets, int32(values)))
-    return pa.RecordBatch.from_arrays(columns, names=["input_ids", "labels"])
-
-
-def _to_table(tally: _Tally) -> Any:
-    import pyarrow as pa
-
-    return pa.Table.from_batches(tally.batches)
-
-
-def _write_rejections(path: Path, rejections: list[Rejection]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as lines:  # training and evaluation data of one run share the file
-        lines.writelines(f"{rejection.to_json()}\n" for rejection in rejections)
-
-
-def _stop_on_bad_rows(source: str, tally: _Tally, on_bad_row: str, max_length: int | None) -> None:
-    if tally.num_too_long == tally.num_rows:
-        raise RequestError(
-            f"{shown(source)}: all {tally.num_rows} rows are longer than max_length={max_length} before their answer "
-            "begins. Raise --max_length."
-        )
-    if not tally.rejections:
-        return
-    bad = tally.rejections[:_LISTED_ROWS]
-    listed = "; ".join(f"{rejection.where}: {rejection.message}" for rejection in bad)
-    count = len(tally.rejections)
-    more = f"; and {count - len(bad)} more" if count > len(bad) else ""
-    if count == tally.num_rows:
-        raise RequestError(f"{shown(source)}: none of its {count} rows can be used. {listed}{more}. Correct the data.")
-    if on_bad_row == "error":
-        raise RequestError(
-            f"{shown(source)}: {count} of {tally.num_rows} rows cannot be used. {listed}{more}. "
-            "Correct them, or pass --on_bad_row skip to leave them out."
-        )
-
-
-def _make_report(source: str, format: Format, tally: _Tally, end_token: str) -> DataReport:
-    p50, p95 = np.quantile(tally.lengths, [0.5, 0.95], method="higher")
-    return DataReport(
-        source=source,
-        format=format.name,
-        num_rows=tally.num_rows,
-        num_used=len(tally.lengths),
-        num_rejected=len(tally.rejections),
-        num_truncated=tally.num_truncated,
-        num_tokens=sum(tally.lengths),
-        num_trained_tokens=tally.num_trained_tokens,
-        length_quantiles={"p50": int(p50), "p95": int(p95), "max": max(tally.lengths)},
-        reasons=dict(Counter(rejection.reason for rejection in tally.rejections).most_common()),
-        end_token=end_token,
-        num_with_special_text=tally.num_with_special_text,
-    )

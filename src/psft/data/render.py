@@ -30,7 +30,7 @@ from psft.data.control_tokens import ControlTokens, outside
 from psft.data.rows import Conversation, RowRejected
 from psft.data.templates import render_chat, render_marked, within_limits
 from psft.errors import RequestError, shown
-from psft.ops import IGNORE_INDEX
+from psft.labels import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

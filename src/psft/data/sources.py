@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import codecs
 import csv
+import functools
 import gzip
 import json
 import re
 import stat
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from psft.data.demonstrations import PREFIX, read_demonstrations
+from psft.data.demonstrations import PREFIX, demonstrations_version, read_demonstrations
+from psft.data.digests import digest_of_dataset, digest_of_file, digest_of_folder, stamp_of
 from psft.data.rows import Row
 from psft.errors import RequestError, shown
 
@@ -40,43 +43,84 @@ def read_rows(
     Raises:
         RequestError: the source is missing, empty, damaged, of an unknown kind, or lacks the split.
     """
-    if max_rows is not None and max_rows < 1:
-        raise RequestError(f"max_rows is {max_rows}; give 1 or more, or leave it out to use every row.")
-    rows = islice(_open_source(source, split, config_name), max_rows)
-    first = next(rows, None)
-    if first is None:
-        raise RequestError(f"{shown(source)} is empty: it holds no row. Give a source with at least one demonstration.")
-    yield first
-    yield from rows
+    return open_source(source, split=split, config_name=config_name).rows(max_rows)
 
 
-def _open_source(source: str, split: str, config_name: str | None) -> Iterator[Row]:
+@dataclass(frozen=True)
+class Source:
+    """A source whose kind is known, not read yet.
+
+    read: gives its rows. digest: names what it holds: other content, another name. It reads the bytes, not the rows.
+    stamp: another value whenever its files were written. num_bytes: of a file; 0 where they are not known beforehand.
+    """
+
+    name: str
+    read: Callable[[], Iterator[Row]]
+    digest: Callable[[], str]
+    stamp: Callable[[], object] = lambda: None
+    num_bytes: int = 0
+
+    def rows(self, max_rows: int | None = None) -> Iterator[Row]:
+        """The rows in order, at most `max_rows` of them. Raises RequestError: see `read_rows`."""
+        if max_rows is not None and max_rows < 1:
+            raise RequestError(f"max_rows is {max_rows}; give 1 or more, or leave it out to use every row.")
+        rows = islice(self.read(), max_rows)
+        first = next(rows, None)
+        if first is None:
+            raise RequestError(
+                f"{shown(self.name)} is empty: it holds no row. Give a source with at least one demonstration."
+            )
+        yield first
+        yield from rows
+
+
+def open_source(source: str, *, split: str = "train", config_name: str | None = None) -> Source:
+    """Find out what `source` is. Raises RequestError: nothing of that name, or of an unknown kind."""
     if source.startswith(PREFIX):
-        try:
-            return read_demonstrations(source)
-        except RequestError:
-            raise
-        except ValueError as error:  # a size of thousands of digits
-            raise RequestError(f"{shown(source)} cannot be read: {_one_line(error)}. Give smaller numbers.") from error
+        return Source(source, lambda: _generate(source), lambda: demonstrations_version(source))
     found = _find(source)
     if found is not None:
-        path, mode = found
+        path, mode, num_bytes = found
         if stat.S_ISDIR(mode):
-            return _read_saved_folder(path, split)
+            _require_saved(path)
+            return Source(
+                source,
+                lambda: _read_saved_folder(path, split),
+                lambda: f"{split} of {digest_of_folder(path)}",
+                lambda: stamp_of(path),
+            )
         if stat.S_ISREG(mode):
-            return _read_file(path)
+            _require_known_kind(path)
+            return Source(
+                source, lambda: _read_file(path), lambda: digest_of_file(path), lambda: stamp_of(path), num_bytes
+            )
         raise RequestError(f"{shown(source)} is neither a file nor a folder. Write the rows to a file and give that.")
     looks_like_path = source.lower().endswith(FILE_SUFFIXES) or source.startswith((".", "/", "~"))
     if looks_like_path or not _HUB_ID.fullmatch(source):
         raise RequestError(f"{shown(source)} does not exist. Check the path; it is taken from the folder you are in.")
-    return _read_hub(source, split, config_name)
+    loaded = functools.cache(lambda: _load_hub(source, split, config_name))
+    return Source(
+        source,
+        lambda: _read_dataset(loaded(), f"{source}[{split}]"),
+        lambda: f"{split} of {digest_of_dataset(loaded())}",
+    )
 
 
-def _find(source: str) -> tuple[Path, int] | None:
-    """The path and what kind of thing is there (st_mode), or None if nothing is."""
+def _generate(source: str) -> Iterator[Row]:
+    try:
+        return read_demonstrations(source)
+    except RequestError:
+        raise
+    except ValueError as error:  # a size of thousands of digits
+        raise RequestError(f"{shown(source)} cannot be read: {_one_line(error)}. Give smaller numbers.") from error
+
+
+def _find(source: str) -> tuple[Path, int, int] | None:
+    """The path, what kind of thing is there (st_mode) and its bytes, or None if nothing is."""
     try:
         path = Path(source).expanduser()
-        return path, path.stat().st_mode
+        found = path.stat()
+        return path, found.st_mode, found.st_size
     except (FileNotFoundError, NotADirectoryError, ValueError, RuntimeError):  # ...; NUL in the name; no such ~user
         return None
     except OSError as error:
@@ -85,10 +129,13 @@ def _find(source: str) -> tuple[Path, int] | None:
         ) from error
 
 
+def _require_known_kind(path: Path) -> None:
+    if not path.name.lower().endswith(FILE_SUFFIXES):
+        raise RequestError(f"{shown(path)} is of an unknown kind. Known file kinds: {', '.join(FILE_SUFFIXES)}.")
+
+
 def _read_file(path: Path) -> Iterator[Row]:
     name = path.name.lower()
-    if not name.endswith(FILE_SUFFIXES):
-        raise RequestError(f"{shown(path)} is of an unknown kind. Known file kinds: {', '.join(FILE_SUFFIXES)}.")
     try:
         with path.open("rb") as file:
             first = file.read(4)
@@ -329,14 +376,17 @@ def _batch_rows(path: Path, batch: Any, before: int) -> Iterator[Row]:
         yield Row(str(path), before + offset + 1, value)
 
 
-def _read_saved_folder(path: Path, split: str) -> Iterator[Row]:
-    import datasets
-
+def _require_saved(path: Path) -> None:
     if not ((path / "dataset_dict.json").is_file() or (path / "state.json").is_file()):
         raise RequestError(
             f"{shown(path)} is a folder but no data set: neither dataset_dict.json nor state.json is in it. "
             "Give a folder written by datasets' save_to_disk, or one of the files in it."
         )
+
+
+def _read_saved_folder(path: Path, split: str) -> Iterator[Row]:
+    import datasets
+
     try:
         saved = datasets.load_from_disk(str(path))
     except Exception as error:  # datasets raises many kinds for a damaged folder
@@ -353,17 +403,16 @@ def _read_saved_folder(path: Path, split: str) -> Iterator[Row]:
     return _read_dataset(saved, str(path))
 
 
-def _read_hub(name: str, split: str, config_name: str | None) -> Iterator[Row]:
+def _load_hub(name: str, split: str, config_name: str | None) -> Any:
     import datasets
 
     try:
-        dataset = datasets.load_dataset(name, config_name, split=split)
+        return datasets.load_dataset(name, config_name, split=split)
     except Exception as error:  # hub, network, split and config problems come as a dozen exception types
         raise RequestError(
             f"{shown(name)} is no local file, and the hub data set cannot be loaded (split {split!r}, "
             f"config {config_name!r}): {_one_line(error)}. Check the name, the split and the network."
         ) from error
-    return _read_dataset(dataset, f"{name}[{split}]")
 
 
 def _read_dataset(dataset: Any, file: str) -> Iterator[Row]:

@@ -6,6 +6,7 @@ The LM head on trained tokens comes in two forms, with plain twins in `psft.ops.
     token_loss(hidden, weight, labels, chunk_loss, ...)  a loss that is a sum over tokens, gradients in the forward pass
 """
 
+from psft.labels import IGNORE_INDEX
 from psft.ops.checks import check_choice, check_positive, check_same_shape
 from psft.ops.lm_head import TokenStatistics
 from psft.ops.masks import MAX_LOG_RATIO, masked_sum
@@ -19,9 +20,6 @@ from psft.ops.vocabulary import (
     TopKEntropy,
     VocabularyQuantity,
 )
-
-IGNORE_INDEX = -100
-"""Label of a position that is not trained, as in `torch.nn.functional.cross_entropy` and transformers."""
 
 __all__ = [
     "IGNORE_INDEX",

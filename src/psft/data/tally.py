@@ -1,0 +1,125 @@
+"""What a whole source came to: the rows to train on, those left out, and the report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from psft.data.encode import EncodedBatch
+from psft.data.rows import Rejection
+from psft.errors import RequestError, shown
+
+_LISTED_ROWS = 10
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What `prepare_dataset` found. Counts are rows or tokens; lengths are tokens after truncation.
+
+    num_with_special_text: rows used that hold the string of a special token, which was tokenised as ordinary text.
+    """
+
+    source: str
+    format: str
+    num_rows: int
+    num_used: int
+    num_rejected: int
+    num_truncated: int
+    num_tokens: int
+    num_trained_tokens: int
+    length_quantiles: dict[str, int]
+    reasons: dict[str, int]
+    end_token: str
+    num_with_special_text: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All that comes of a source: `total` is its batches taken as one, `total.rows` an Arrow table or None."""
+
+    source: str
+    format_name: str
+    end_token: str
+    total: EncodedBatch
+
+
+def gather(batches: Iterable[EncodedBatch]) -> EncodedBatch:
+    """Consecutive batches as one, their rows as an Arrow table; None where no row is left."""
+    import pyarrow as pa
+
+    total = EncodedBatch(0)
+    parts = []
+    for batch in batches:
+        total.num_rows += batch.num_rows
+        total.rejections += batch.rejections
+        total.num_truncated += batch.num_truncated
+        total.num_trained_tokens += batch.num_trained_tokens
+        total.num_too_long += batch.num_too_long
+        total.num_with_special_text += batch.num_with_special_text
+        total.first_special_text = total.first_special_text or batch.first_special_text
+        if batch.rows is not None:
+            parts.append(batch.rows)
+    total.rows = pa.Table.from_batches(parts) if parts else None
+    return total
+
+
+def stop_on_bad_rows(outcome: Outcome, on_bad_row: str, max_length: int | None) -> None:
+    """Raise RequestError if rows cannot be used and should be, or none can."""
+    source, total = shown(outcome.source), outcome.total
+    if total.num_too_long == total.num_rows:
+        raise RequestError(
+            f"{source}: all {total.num_rows} rows are longer than max_length={max_length} before their answer "
+            "begins. Raise --max_length."
+        )
+    if not total.rejections:
+        return
+    bad = total.rejections[:_LISTED_ROWS]
+    listed = "; ".join(f"{rejection.where}: {rejection.message}" for rejection in bad)
+    count = len(total.rejections)
+    more = f"; and {count - len(bad)} more" if count > len(bad) else ""
+    if count == total.num_rows:
+        raise RequestError(f"{source}: none of its {count} rows can be used. {listed}{more}. Correct the data.")
+    if on_bad_row == "error":
+        raise RequestError(
+            f"{source}: {count} of {total.num_rows} rows cannot be used. {listed}{more}. "
+            "Correct them, or pass --on_bad_row skip to leave them out."
+        )
+
+
+def make_report(outcome: Outcome) -> DataReport:
+    """The report of an outcome with at least one row."""
+    import pyarrow.compute as pc
+
+    total = outcome.total
+    chunks = pc.list_value_length(total.rows["input_ids"]).chunks
+    lengths = np.concatenate([np.from_dlpack(chunk) for chunk in chunks])  # not `to_numpy`, which imports pandas
+    p50, p95 = np.quantile(lengths, [0.5, 0.95], method="higher")
+    return DataReport(
+        source=outcome.source,
+        format=outcome.format_name,
+        num_rows=total.num_rows,
+        num_used=len(lengths),
+        num_rejected=len(total.rejections),
+        num_truncated=total.num_truncated,
+        num_tokens=int(lengths.sum()),
+        num_trained_tokens=total.num_trained_tokens,
+        length_quantiles={"p50": int(p50), "p95": int(p95), "max": int(lengths.max())},
+        reasons=dict(Counter(rejection.reason for rejection in total.rejections).most_common()),
+        end_token=outcome.end_token,
+        num_with_special_text=total.num_with_special_text,
+    )
+
+
+def write_rejections(path: Path, rejections: list[Rejection]) -> None:
+    """Append the rows that were left out, one JSON object a line: a run's training and held-out data share the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as lines:
+        lines.writelines(f"{rejection.to_json()}\n" for rejection in rejections)
