@@ -9,8 +9,7 @@ from psft.cli.plan_batches import padding
 from psft.cli.train import prepare_run, read_request
 from psft.errors import RequestError
 from psft.models.attention import ChosenAttention
-from psft.trainers.micro_batch_cap import caps_folder
-from psft.trainers.remembered_cap import RememberedCap, write_cap
+from psft.trainers.remembered_cap import RememberedCap, caps_folder, write_cap
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from psft.cli import help_pages, main
 from psft.cli.imports import without_collection
 
 TRAINERS = {"trl.trainer.sft_trainer", "transformers.trainer", "datasets", "pandas"}
+MODELS = {"peft", "sympy", "torch._dynamo", "transformers.modeling_utils"}
 ACCIDENTS = {"sklearn", "scipy", "tensorboard", "IPython", "matplotlib", "wandb", "reasoning_gym"}
 
 
@@ -46,13 +48,13 @@ def test_lists_of_commands_and_recipes_need_no_package(tmp_path):
 
 def test_a_plan_imports_no_trainer(tmp_path, tiny_model_path):
     """It needs PSFTConfig, hence torch, TRL's configuration and what those bring. Goes red if psft.trainers brings the
-    trainer with it, the data room `datasets`, or Arrow pandas (`pa.array`, `to_numpy`); or if demonstrations that were
-    prepared before are generated again."""
+    trainer with it, the data room `datasets`, or Arrow pandas (`pa.array`, `to_numpy`); if transformers brings models,
+    PEFT or torch's compiler; or if demonstrations that were prepared before are generated again."""
     request = ["--model_name_or_path", str(tiny_model_path), "--dataset", "reasoning-gym:gsm_symbolic?size=8&seed=1"]
     modules, first = imported(tmp_path, "plan", *request)
     assert {"trl.trainer.sft_config", "reasoning_gym"} <= modules and modules & TRAINERS == set()
     modules, again = imported(tmp_path, "plan", *request)
-    assert modules & (TRAINERS | ACCIDENTS) == set()
+    assert modules & (TRAINERS | MODELS | ACCIDENTS) == set()
     assert "8 of 8" in first and "prepared before" not in first
     assert f"prepared before  read from {tmp_path / 'cache' / 'prepared'}" in again
 
@@ -95,6 +97,32 @@ def test_only_the_page_of_a_command_that_went_well_is_kept(code, tmp_path, monke
         assert main.main(["report", "--help"]) == code
         assert capsys.readouterr().out == "page\n"
     assert (tmp_path / "help").exists() is (code == 0)
+
+
+def test_settings_made_without_models_are_what_they_are_with_them():
+    """In a process of its own. Goes red if a stand-in outlives its purpose: PEFT would be another one afterwards, a
+    model of it not known for one, or Kubeflow's tracker left out of where it belongs."""
+    code = """
+        import os, sys
+        from psft.cli.imports import without_models
+        with without_models():
+            from transformers import TrainingArguments
+            plain = TrainingArguments("out", report_to="none")
+        assert plain.report_to == [] and "peft" not in sys.modules and "sympy" not in sys.modules
+        os.environ["KUBEFLOW_TRAINER_SERVER_URL"] = "https://somewhere"
+        with without_models():
+            assert TrainingArguments("out", report_to="none").report_to == ["kubeflow"]
+        del os.environ["KUBEFLOW_TRAINER_SERVER_URL"]
+        from transformers import integrations, trainer_utils
+        assert integrations.is_kubeflow_available is integrations.integration_utils.is_kubeflow_available
+        from peft import PeftMixedModel, PeftModel
+        for kind in (PeftModel, PeftMixedModel):
+            assert trainer_utils._is_peft_model(kind.__new__(kind))
+            assert trainer_utils.PeftModel is not PeftModel
+        assert not trainer_utils._is_peft_model(plain)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_garbage_is_collected_again_after_imports():

@@ -97,6 +97,38 @@ def test_the_reason_holds_an_update_at_1e_6_is_lost_in_bf16() -> None:
     assert weight.float() - 1e-6 != weight.float()
 
 
+@pytest.mark.parametrize(
+    ("tokenizer_class", "model_type"),
+    [
+        ("TokenizersBackend", "llama"),
+        ("PreTrainedTokenizerFast", "qwen2"),
+        ("Qwen2TokenizerFast", "qwen2"),  # its own class, which puts a text into another form first
+        ("Qwen2Tokenizer", "llama"),
+        ("LlamaTokenizerFast", "llama"),
+        ("LlamaTokenizer", "mistral"),
+        ("TokenizersBackend", "unheard-of"),
+        (None, "qwen2"),
+    ],
+)
+def test_a_tokenizer_is_what_transformers_makes_of_the_whole_configuration(
+    tokenizer_class: str | None, model_type: str, make_tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """Goes red if a name that transformers looks at is left out of what it is given: another class, other tokens."""
+    from transformers import AutoTokenizer
+
+    from psft.data.digests import digest_of_tokenizer
+
+    make_tiny_tokenizer().save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"tokenizer_class": tokenizer_class}
+    if tokenizer_class is None:
+        del settings["tokenizer_class"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    made, expected = load_tokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
+    assert type(made) is type(expected)
+    assert digest_of_tokenizer(made) == digest_of_tokenizer(expected) is not None
+
+
 def test_a_missing_pad_token_becomes_a_spare_one_not_the_end(make_tiny_tokenizer: Any, tmp_path: Path) -> None:
     """Goes red if the end token is taken although `<|pad|>` is in the vocabulary."""
     tokenizer = make_tiny_tokenizer()

@@ -17,8 +17,7 @@ from trainers.fake_device import FakeDevice
 from psft.errors import RunFailed
 from psft.trainers.cap_measuring import SAFE_SHARE
 from psft.trainers.cap_rehearsal import Rehearsal
-from psft.trainers.micro_batch_cap import caps_folder
-from psft.trainers.remembered_cap import RememberedCap, write_cap
+from psft.trainers.remembered_cap import RememberedCap, caps_folder, write_cap
 
 LONGEST = 29  # tokens, of the fixture `demonstrations`
 TIMINGS = {"tokens_per_second", "peak_memory_bytes"}

@@ -60,14 +60,14 @@ def run(argv: list[str]) -> int:
         RequestError: what `psft train` would refuse: unknown settings, contradictions, unusable local data.
     """
     from psft.cli.arguments import parse_request
-    from psft.cli.imports import without_collection
+    from psft.cli.imports import without_collection, without_models
     from psft.cli.objective_choice import leave_out_other_objective
     from psft.config import DataArguments, LaunchArguments, ModelArguments
     from psft.models.architectures import find_architecture
     from psft.models.resolve import check_dtype
     from psft.recipes import load_recipe
 
-    with without_collection():
+    with without_collection(), without_models():
         from psft.cli.objective_facts import objective_facts
         from psft.trainers import PSFTConfig
 

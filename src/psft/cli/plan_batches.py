@@ -32,7 +32,7 @@ def micro_batch_facts(
     Raises:
         RequestError: an attention that this machine cannot train, or none for padding_free on its accelerator.
     """
-    from psft.trainers.micro_batch_cap import UNMEASURED_TOKENS
+    from psft.trainers.remembered_cap import UNMEASURED_TOKENS
 
     cap, how = _cap(lengths, model_folder, settings, objective, num_ranks)
     facts = [("layout", _layout(model_folder, arguments, settings)), ("largest micro-batch", how)]
@@ -108,8 +108,7 @@ def _cap(
 ) -> tuple[int, str]:
     """The cap as far as it is known, and in words."""
     from psft.trainers.device_meter import meter_of
-    from psft.trainers.micro_batch_cap import CPU_TOKENS, UNMEASURED_TOKENS, caps_folder
-    from psft.trainers.remembered_cap import config_digest, matching_caps
+    from psft.trainers.remembered_cap import CPU_TOKENS, UNMEASURED_TOKENS, caps_folder, config_digest, matching_caps
 
     given = settings.max_tokens_per_micro_batch
     if given != "auto":
@@ -123,7 +122,7 @@ def _cap(
         "world_size": num_ranks,
     }
     found = []
-    if lengths and model_folder is not None:
+    if lengths and model_folder is not None and caps_folder().is_dir():  # else no run has remembered one
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(model_folder, trust_remote_code=settings.trust_remote_code)

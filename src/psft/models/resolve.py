@@ -17,7 +17,7 @@ from psft.models.quickstart import NAME as QUICKSTART_NAME
 from psft.models.quickstart import resolve_quickstart
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -207,7 +207,9 @@ def load_tokenizer(
         _require_no_code(folder, "config.json")
         _require_no_code(folder, "tokenizer_config.json")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, config=_config_for_tokenizer(folder), trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # tokenizers raises plain Exceptions for a damaged tokenizer.json
         raise RequestError(
             f"{shown(folder)} has no usable tokenizer ({_first_line(error)}); save it beside the model"
@@ -228,6 +230,34 @@ def load_tokenizer(
                 f"chat template {shown(chat_template_path)} cannot be read: {_first_line(error)}; give a Jinja file"
             ) from error
     return tokenizer
+
+
+def _config_for_tokenizer(folder: Path) -> PreTrainedConfig | None:
+    """What `AutoTokenizer` asks a model's configuration for; None where it has to read the configuration itself.
+
+    It asks for names: of the kind of model, of the tokenizer's class. To learn them it makes the model's own
+    configuration, whose import brings in transformers' kernels, torch's compiler and sympy: 2 s of a processor. Where
+    tokenizer_config.json names the class and no code of its own, the names in config.json are all that counts.
+    """
+    from transformers import PreTrainedConfig
+
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        tokenizer_settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        model_type = settings["model_type"]
+        is_plain = bool(tokenizer_settings["tokenizer_class"]) and not (
+            "auto_map" in settings or "auto_map" in tokenizer_settings
+        )
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # AutoTokenizer has the words for it
+        return None
+    if not is_plain or not isinstance(model_type, str):
+        return None
+    config = PreTrainedConfig()
+    config.model_type = model_type
+    config._name_or_path = str(folder)
+    if "model_name" in settings:
+        config.model_name = settings["model_name"]
+    return config
 
 
 def load_model(

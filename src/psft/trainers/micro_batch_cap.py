@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -25,30 +24,29 @@ from torch.distributed.tensor import DTensor
 from psft import __version__
 from psft.data.microbatch import ACCELERATOR_OVERHEAD_TOKENS, CPU_OVERHEAD_TOKENS, Cut
 from psft.errors import RunFailed
-from psft.machine import cache_folder
 from psft.models.architectures import from_settings
 from psft.models.estimate import activation_bytes_per_token
 from psft.trainers.cap_measuring import SAFE_SHARE, measure_cap, no_room_for_a_row
 from psft.trainers.cap_rehearsal import Rehearsal
 from psft.trainers.device_meter import DeviceMeter, meter_of
-from psft.trainers.remembered_cap import RememberedCap, config_digest, key_of, read_cap, write_cap
+from psft.trainers.remembered_cap import (
+    CPU_TOKENS,
+    UNMEASURED_TOKENS,
+    RememberedCap,
+    caps_folder,
+    config_digest,
+    key_of,
+    read_cap,
+    write_cap,
+)
 
 if TYPE_CHECKING:
     from psft.trainers.psft_trainer import PSFTTrainer
 
 logger = logging.getLogger(__name__)
 
-CPU_TOKENS = 1024
-"""The fastest of our measurements; larger micro-batches only add padding."""
-UNMEASURED_TOKENS = 8192
-"""A cautious guess for devices whose memory is not measured."""
 _STILL_FITS_SHARE = 0.95  # of the memory free now: a remembered cap that needs more is measured anew
 _LOWERED_SHARE = 0.8  # of the cap under which memory ran out
-
-
-def caps_folder() -> Path:
-    """Where caps are remembered."""
-    return cache_folder() / "micro_batch_caps"
 
 
 class MicroBatchCap:

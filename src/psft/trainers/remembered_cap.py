@@ -2,6 +2,8 @@
 
 A file is named by a digest of everything its cap depends on and says it in plain words, so that `psft plan` can show
 what is known. A file that is torn or was changed is ignored with a warning, and the cap is measured anew.
+
+What is taken without a measurement is here, too: a plan shows it, and `micro_batch_cap` would bring in much of torch.
 """
 
 from __future__ import annotations
@@ -16,8 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from psft.machine import cache_folder
+
 logger = logging.getLogger(__name__)
 
+CPU_TOKENS = 1024
+"""The fastest of our measurements; larger micro-batches only add padding."""
+UNMEASURED_TOKENS = 8192
+"""A cautious guess for devices whose memory is not measured."""
 _FORMAT = 1
 _PREFIX = "micro_batch_cap-"
 _NOT_SIZES = ("dtype", "torch_dtype", "use_cache", "transformers_version", "architectures", "name_or_path")
@@ -34,6 +42,11 @@ class RememberedCap:
     depends_on: Mapping[str, Any]
     lowered_from: int | None = None
     measured: Mapping[str, Any] | None = None
+
+
+def caps_folder() -> Path:
+    """Where caps are remembered."""
+    return cache_folder() / "micro_batch_caps"
 
 
 def key_of(depends_on: Mapping[str, Any]) -> str:
