@@ -15,6 +15,7 @@ from pathlib import Path
 _HERE = Path(__file__).resolve().parent
 
 SUITES: dict[str, list[str]] = {
+    "startup": ["startup.py"],
     "head": ["head.py"],
     "overheads": ["train_step.py", "--suite", "overheads"],
     "k_sweep": ["train_step.py", "--suite", "k_sweep"],

@@ -13,13 +13,14 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.harness import read_results
+from benchmarks.harness import Spread, read_results
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
@@ -208,6 +209,25 @@ def overheads(found: Results) -> str:
     return markdown(["figure", "target", "measured"], rows) + sources(["overheads"], found)
 
 
+def startup(found: Results) -> str:
+    content = found.get("startup")
+    figures = (
+        ("help", "`psft --help`", "≤ 0.3"),
+        ("train_help", "`psft train --help`, the page made before", "≤ 0.3"),
+        ("plan", "`psft plan quickstart`, data prepared before", "≤ 5"),
+        ("plan_anew", "the same with `--no_data_cache`", ""),
+        ("train_ready", "`psft train quickstart`, until the first step begins", ""),
+        ("train_first_step", "the same, until the first optimizer step is done", "≤ 20"),
+    )
+    rows = []
+    for name, called, target in figures:
+        blocks = [] if content is None else content["samples"].get(name, [])
+        processor = asdict(Spread.of([block["details"]["processor_s"] for block in blocks])) if blocks else None
+        wall = content["summary"][name]["seconds"] if content is not None and blocks else None
+        rows.append([called, target, shown_spread(wall), shown_spread(processor)])
+    return markdown(["", "target", "wall, s", "processor, s"], rows) + sources(["startup"], found)
+
+
 def sweeps(found: Results) -> str:
     content = found.get("sweeps")
     if content is None:
@@ -280,8 +300,8 @@ def generation(found: Results) -> str:
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "headline": headline, "steps": steps, "k_sweep": k_sweep, "head": head, "head_memory": head_memory,
-    "memory": memory, "overheads": overheads, "sweeps": sweeps, "grading": grading, "generation": generation,
-    "gpu": gpu,
+    "memory": memory, "overheads": overheads, "startup": startup, "sweeps": sweeps, "grading": grading,
+    "generation": generation, "gpu": gpu,
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import generation, gpu, head, memory, prologue, steps, sweeps, tables, train_step
+from benchmarks import generation, gpu, head, memory, prologue, startup, steps, sweeps, tables, train_step
 from benchmarks.harness import Spread, check_results, read_results
 from benchmarks.quick import faster_dtype, largest_fitting
 
@@ -173,3 +173,27 @@ def test_a_table_is_replaced_and_the_text_around_it_is_not() -> None:
         tables.rewritten("<!-- table: steps -->\n<!-- end -->\n", {})
     with pytest.raises(ValueError, match=r"markers without a table: \['no-such'\]"):
         tables.rewritten(f"{page}<!-- table: no-such -->\n<!-- end -->\n", {})
+
+
+def test_starts_are_timed_until_what_they_wait_for(tmp_path: Path) -> None:
+    """Goes red if a process that fails counts as one that is done, the clock does not stop at the file, or the table
+    cannot be made of the results."""
+    path = tmp_path / "startup.json"
+    assert startup.main(["--out", str(path), "--repetitions", "1", "--only", "help"]) == 0
+    content = read_results(path)
+    (block,) = content["samples"]["help"]
+    assert 0 < block["details"]["processor_s"] and 0 < block["seconds"]
+    assert "`psft --help` | ≤ 0.3 | 0." in tables.startup({"startup": content})
+    with pytest.raises(RuntimeError, match="plan no-such-recipe: exit code 2: .*no-such-recipe"):
+        startup.time_start(startup.Start(("plan", "no-such-recipe")), tmp_path)
+    with pytest.raises(RuntimeError, match="exit code 0"):
+        startup.time_start(startup.Start(("--help",), until="run.json"), tmp_path)
+
+
+@pytest.mark.slow
+def test_training_is_timed_until_it_begins_and_until_its_first_step(tmp_path: Path, tiny_model_path: Path) -> None:
+    """Goes red if a recipe's flags are not taken, or the two moments are one."""
+    request = ["--model_name_or_path", str(tiny_model_path), "--dataset", "reasoning-gym:gsm_symbolic?size=64&seed=1"]
+    found = {name: startup.time_start(startup.starts(request)[name], tmp_path) for name in startup.starts(request)}
+    assert 0 < found["plan"].seconds and 0 < found["train_ready"].details["processor_s"]
+    assert found["train_ready"].details["processor_s"] < found["train_first_step"].details["processor_s"]
