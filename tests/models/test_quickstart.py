@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,6 +72,22 @@ def test_a_damaged_cache_is_noticed_and_fetched_again(
     folder, said = _resolve(tmp_path, source)
     assert source.num_calls == 2 and fault in said[0]
     assert why_unusable(folder) is None
+
+
+def test_a_file_is_digested_once_while_it_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Goes red if 540 MB are digested at every question, or a change between two of them is not seen."""
+    folder, _ = _resolve(tmp_path, FakeSource())
+    digested = []
+    original = quickstart.sha256_of
+    monkeypatch.setattr(quickstart, "sha256_of", lambda path: digested.append(path.name) or original(path))
+    assert why_unusable(folder) is why_unusable(folder) is None
+    num_files = len(digested) // 2
+    assert len(digested) == 2 * num_files > 0  # just written: nothing is remembered yet
+    monkeypatch.setattr(quickstart, "_SETTLED_NS", -(10**12))
+    assert why_unusable(folder) is why_unusable(folder) is None and len(digested) == 3 * num_files
+    _flip_a_byte(folder / "model.safetensors")
+    os.utime(folder / "model.safetensors", ns=(1, 1))
+    assert "checksum" in (why_unusable(folder) or "")
 
 
 def test_a_damaged_download_is_fetched_once_more(tmp_path: Path) -> None:
