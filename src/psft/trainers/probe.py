@@ -12,11 +12,13 @@ from torch import Tensor
 
 from psft.data.probe_prompts import ProbePrompt, encode_probe_prompts
 from psft.errors import RequestError
+from psft.models.decoding import end_tokens
 from psft.ops import IGNORE_INDEX
 from psft.ops.precision import exact_small_products
 from psft.runs.rows import ProbeRow
 from psft.trainers.evaluation import HeldOutResult, evaluation_model
 from psft.trainers.sampling import sample_answers
+from psft.trainers.undisturbed import in_eval_mode
 
 if TYPE_CHECKING:
     from psft.trainers.psft_trainer import PSFTTrainer
@@ -62,7 +64,7 @@ class RetentionProbe:
         is_shared = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         answers: list[list[int]] = []
         on_cpu = trainer.args.device.type == "cpu"
-        with _in_eval_mode(model), exact_small_products() if on_cpu else nullcontext():
+        with in_eval_mode(model), exact_small_products() if on_cpu else nullcontext():
             for start in range(0, len(mine), BATCH_ROWS):
                 numbers = mine[start : start + BATCH_ROWS]
 
@@ -75,7 +77,7 @@ class RetentionProbe:
                     [self.prompts[i] for i in numbers],
                     [SEED + i for i in numbers],
                     max_new_tokens=trainer.args.probe_max_new_tokens,
-                    end_ids=self._end_ids(),
+                    end_ids=end_tokens(trainer.model, self._tokenizer),
                     device=trainer.args.device,
                     runs_full_length=is_shared and trainer.args.world_size > 1,
                 )
@@ -124,7 +126,7 @@ class RetentionProbe:
         trainer, mine = self.trainer, self._mine()
         model = evaluation_model(trainer)
         sums = []
-        with torch.no_grad(), _in_eval_mode(model):
+        with torch.no_grad(), in_eval_mode(model):
             for start in range(0, len(mine), BATCH_ROWS):
                 scored = trainer._score(model, self._batch(mine[start : start + BATCH_ROWS]))
                 columns = (scored.mask, scored.logps, scored.entropies)
@@ -167,13 +169,6 @@ class RetentionProbe:
         answers = dict(numbered)
         return [answers[i] for i in range(len(self.prompts))]
 
-    def _end_ids(self) -> list[int]:
-        found = {self._tokenizer.eos_token_id}
-        config = getattr(self.trainer.model, "generation_config", None)
-        ends = getattr(config, "eos_token_id", None)
-        found.update(ends if isinstance(ends, list) else [ends])
-        return sorted(i for i in found if i is not None)
-
     def _pad_id(self) -> int:
         pad = self._tokenizer.pad_token_id
         return 0 if pad is None else pad
@@ -191,18 +186,3 @@ class RetentionProbe:
                     f"{prompt.where}: the prompt has {len(ids)} tokens, and with probe_max_new_tokens={new} that is "
                     f"more than the {most} the model can hold. Shorten or remove it."
                 )
-
-
-class _in_eval_mode:
-    """Every module in eval mode inside, each in its own mode again afterwards."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        self._training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-
-    def __exit__(self, *_: Any) -> None:
-        for module in self._training:
-            module.training = True

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from psft.models.decoding import decode
+
 
 @torch.no_grad()
 def sample_answers(
@@ -41,29 +43,23 @@ def sample_answers(
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
     uniforms = torch.stack([_uniforms(seed, max_new_tokens) for seed in seeds])
     uniforms = uniforms.to("cpu" if device.type == "mps" else device)  # MPS has no float64
-    ends = torch.tensor(list(end_ids), device=device)
-    has_ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    answers: list[list[int]] = [[] for _ in prompts]
-    cache = None
-    for step in range(max_new_tokens):
-        output = forward(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-            logits_to_keep=1,
-        )  # fmt: skip
-        cache = output.past_key_values
-        tokens = _draw(output.logits[:, -1], uniforms[:, step])
-        for answer, token, ended in zip(answers, tokens.tolist(), has_ended.tolist(), strict=True):
-            if not ended:
-                answer.append(token)
-        has_ended |= torch.isin(tokens, ends)
-        if bool(has_ended.all()) and not runs_full_length:
-            break
-        ids, positions = tokens[:, None], positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], 1)
-    return answers
+    columns = iter(uniforms.unbind(1))
+    made = decode(
+        forward,
+        ids,
+        mask,
+        lambda logits: _draw(logits, next(columns)),
+        max_new_tokens=max_new_tokens,
+        end_ids=() if runs_full_length else end_ids,
+    )
+    return [_cut(tokens, set(end_ids)) for tokens in made.tolist()]
+
+
+def _cut(tokens: list[int], ends: set[int]) -> list[int]:
+    """Up to and with the first end token."""
+    return tokens[: next((i for i, token in enumerate(tokens, start=1) if token in ends), len(tokens))]
 
 
 def _draw(logits: Tensor, uniform: Tensor) -> Tensor:

@@ -9,27 +9,25 @@ token, and both samples are valid ones of the same model.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
-from psft.data.templates import render_chat
 from psft.errors import RequestError, RunFailed, first_line, shown
-from psft.evaluation.backends.base import Answer, Description, Outcome, Request
+from psft.evaluation.backends.base import Description, Outcome, Request
+from psft.evaluation.backends.batched import BatchedBackend
 from psft.evaluation.backends.sampling import RowSampler
 from psft.evaluation.identity import template_hash
 from psft.models import load_model, load_tokenizer
-from psft.ops.precision import exact_small_products
+from psft.models.decoding import end_tokens
 
 
-class HFBackend:
+class HFBackend(BatchedBackend):
     """folder: of the model. dtype: float32 or bfloat16. device: as torch names it. batch_size: samples at a time."""
-
-    name = "hf"
 
     def __init__(
         self,
@@ -41,15 +39,11 @@ class HFBackend:
         chat_template_path: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        self.folder = folder
+        super().__init__(folder, device=device, batch_size=batch_size)
         self.dtype = dtype
-        self.device = device
-        self.batch_size = batch_size
         self.chat_template_path = chat_template_path
         self.trust_remote_code = trust_remote_code
-        self.notes: list[str] = []
         self._model: Any = None
-        self._tokenizer: Any = None
 
     @property
     def numerics(self) -> str:
@@ -76,26 +70,20 @@ class HFBackend:
             return
         self._load()
         prompts = self._prompts(requests)
-        order = sorted(range(len(requests)), key=lambda i: -len(prompts[i]))  # stable; the largest batch comes first
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            if any(requests[i].key not in done for i in rows):
-                answers = self._answer([requests[i] for i in rows], [prompts[i] for i in rows])
-                yield [(requests[i], answer) for i, answer in zip(rows, answers, strict=True)]
+        for rows in self._batches(requests, prompts, done):
+            answers = self._answer([requests[i] for i in rows], [prompts[i] for i in rows])
+            yield [(requests[i], answer) for i, answer in zip(rows, answers, strict=True)]
 
     def _load(self) -> None:
         if self._model is not None:
             return
-        self._tokenizer = load_tokenizer(self.folder, self.chat_template_path, trust_remote_code=self.trust_remote_code)
-        if self._tokenizer.chat_template is None:
-            raise RequestError(
-                f"the tokenizer of {shown(self.folder)} has no chat template. Give one: --chat_template_path FILE."
-            )
+        self._take_tokenizer(
+            load_tokenizer(self.folder, self.chat_template_path, trust_remote_code=self.trust_remote_code)
+        )
         model: Any = load_model(
             self.folder, dtype=self.dtype, force_pure_bf16=True, trust_remote_code=self.trust_remote_code
         )
-        ends = model.generation_config.eos_token_id if model.generation_config is not None else None
-        self._ends = sorted({*(ends if isinstance(ends, list) else [ends]), self._tokenizer.eos_token_id} - {None})
+        self._ends = end_tokens(model, self._tokenizer)
         # Without this, repetition_penalty and the like of the model's generation_config.json act on what is sampled.
         model.generation_config = GenerationConfig(
             eos_token_id=self._ends, pad_token_id=self._tokenizer.pad_token_id, do_sample=False
@@ -110,67 +98,15 @@ class HFBackend:
             ) from error
         self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
-    def _prompts(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Token ids of each request's prompt; a prompt that several share is rendered once."""
-        found: dict[str, list[int]] = {}
-        for request in requests:
-            if request.item not in found:
-                try:
-                    text = render_chat(self._tokenizer, request.messages, add_generation_prompt=True)
-                except RequestError:
-                    raise
-                except Exception as error:  # a template raises what it likes, on purpose or not
-                    raise RequestError(
-                        f"the chat template of {shown(self.folder)} cannot write {request.benchmark} item "
-                        f"{shown(request.item)}: {shown(first_line(error))}. Give another: --chat_template_path FILE."
-                    ) from error
-                found[request.item] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return [found[request.item] for request in requests]
-
-    def _answer(self, requests: list[Request], prompts: list[list[int]]) -> list[Answer]:
-        width = max(map(len, prompts))
-        limit = self._limit(requests[0], width)
-        pad = self._tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=self.device)
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device)
-        sampler = RowSampler([request.seed for request in requests], requests[0].sampling)
-        is_cpu = self._model.device.type == "cpu"
-        try:
-            with torch.inference_mode(), exact_small_products() if is_cpu else contextlib.nullcontext():
-                made = self._model.generate(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    max_new_tokens=limit,
-                    logits_processor=LogitsProcessorList([sampler]),
-                )
-        except torch.OutOfMemoryError as error:
-            raise RunFailed(
-                f"memory ran out with batches of {self.batch_size}. Set --batch_size lower; the same command goes on "
-                "from here."
-            ) from error
-        return [self._read(tokens) for tokens in made[:, width:].tolist()]
-
-    def _limit(self, request: Request, width: int) -> int:
-        """New tokens that may be made: what is asked for, or what the model's context leaves, which is then said."""
-        wanted = request.sampling.max_tokens
-        if self._context is None or width + wanted <= self._context:
-            return wanted
-        self.notes.append(
-            f"{wanted:,} tokens were asked for, more than the model's context of {self._context:,} leaves: answers end "
-            "there and count as truncated"
-        )
-        if width >= self._context:
-            raise RequestError(
-                f"{request.benchmark} item {shown(request.item)} has {width:,} tokens; the model's context holds "
-                f"{self._context:,}. Take a model with a longer context, or leave the benchmark out."
+    def _made(self, ids: Tensor, mask: Tensor, sampler: RowSampler, limit: int) -> Tensor:
+        with torch.inference_mode():
+            made = self._model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=limit,
+                logits_processor=LogitsProcessorList([sampler]),
             )
-        return self._context - width
-
-    def _read(self, tokens: list[int]) -> Answer:
-        end = next((i for i, token in enumerate(tokens) if token in self._ends), None)
-        kept = tokens if end is None else tokens[: end + 1]
-        text = str(self._tokenizer.decode(kept, skip_special_tokens=True))
-        return Answer(text, "length" if end is None else "stop", len(kept))
+        return made[:, ids.shape[1] :]
 
 
 def choose_device(device: str) -> str:

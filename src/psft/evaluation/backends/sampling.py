@@ -31,8 +31,11 @@ class RowSampler(LogitsProcessor):
         self._used = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        tokens = draw_tokens(scores, self._uniforms().to(scores.device), self.sampling)
-        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
+        return torch.full_like(scores, -torch.inf).scatter_(1, self.draw(scores)[:, None], 0.0)
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """(B, V) logits -> (B,) the next tokens."""
+        return draw_tokens(logits, self._uniforms().to(logits.device), self.sampling)
 
     def _uniforms(self) -> Tensor:
         """(B,) float64, each row's next number."""
