@@ -110,7 +110,37 @@ class ObjectiveFields:
 
 
 @dataclass(kw_only=True)
-class PSFTFields(ObjectiveFields):
+class BenchmarkFields:
+    """Benchmarks while training, and the best checkpoint by them"""
+
+    eval_suite: list[str] | None = _setting(
+        None,
+        "Benchmarks to evaluate while training: suites (math, ood, smoke), single ones (aime24, arc_c, ...) or YAML "
+        "files of your own. At step 0, at the last step, and in between as eval_suite_steps says.",
+    )
+    eval_suite_steps: int | None = _setting(
+        None, "Optimizer steps between these evaluations. Default: whenever a checkpoint is saved."
+    )
+    eval_suite_limit: int | None = _setting(None, "Only the first items of each benchmark.")
+    eval_suite_k: int | None = _setting(None, "Samples per item (avg@k), instead of the suite's.")
+    eval_suite_max_new_tokens: int | None = _setting(
+        None, "Longest answer in tokens, instead of the suite's (paper: 10240)."
+    )
+    eval_suite_temperature: float | None = _setting(None, "Instead of the suite's (paper: 0.7); 0 = greedy.")
+    eval_suite_data_dir: str | None = _setting(
+        None, "Folder with the benchmark files; default: the variable PSFT_DATA_DIR."
+    )
+    eval_suite_download: bool = _setting(False, "Fetch sets that are not in that folder from the Hugging Face hub.")
+    eval_suite_batch_size: int = _setting(16, "Samples that each process generates at a time.")
+    select_best: str | None = _setting(
+        None,
+        "Keep the checkpoint with the highest score and link it as best: a suite or benchmark of eval_suite, or mean "
+        "(of all of them).",
+    )
+
+
+@dataclass(kw_only=True)
+class PSFTFields(ObjectiveFields, BenchmarkFields):
     """What PSFT adds to `trl.SFTConfig`. Batch sizes count sequences over all ranks."""
 
     objective: str = _setting(

@@ -340,6 +340,7 @@ def _notes(
 
     notes = list(found.notes)
     notes += objective_notes(objective, settings)
+    notes += _benchmark_notes(settings)
     if model.model_name_or_path is None:
         notes.append("name the model with --model_name_or_path")
     elif local_folder(model.model_name_or_path, model.model_revision) is None:
@@ -362,6 +363,19 @@ def _notes(
             f"max_length {settings.max_length} is more than the {architecture.context} tokens the model is made for"
         )
     return notes
+
+
+def _benchmark_notes(settings: Any) -> list[str]:
+    """What an evaluation while training takes, or why it would be refused."""
+    if not settings.eval_suite:
+        return []
+    from psft.errors import RequestError
+    from psft.evaluation.in_training import cost_in_words, load_benchmarks
+
+    try:
+        return [f"each evaluation: {cost_in_words(load_benchmarks(settings))}"]
+    except RequestError as error:
+        return [f"psft train will refuse: {error}"]
 
 
 def _heading(title: str) -> None:

@@ -116,6 +116,8 @@ class PreparedRun:
         from psft.cli.live_view import live_view
 
         trainer = self.trainer
+        if trainer.benchmarks is not None and trainer.is_world_process_zero():
+            trainer.benchmarks.announce()
         with live_view(trainer):
             trainer.train()
         is_stopped = trainer.stop_signal.number is not None
@@ -140,6 +142,12 @@ class PreparedRun:
             f"\n{summary['steps']} steps in {summary['wall_time_s']:.0f} s. "
             f"Model and records: {self.trainer.args.output_dir}"
         )
+        best = summary.get("best_checkpoint")
+        if best is not None:
+            lines.append(
+                f"Best checkpoint: step {best['step']}, {best['by']} {100 * best['score']:.1f} %: "
+                f"{Path(str(self.trainer.args.output_dir)) / 'best'}"
+            )
         if self.trainer.stop_signal.number is not None:
             is_kept = self.trainer.args.save_strategy != "no"
             lines.append(

@@ -64,12 +64,12 @@ def find_file(benchmark: Benchmark, data_dir: Path | None) -> Path | None:
     return None
 
 
-def why_absent(benchmark: Benchmark, data_dir: Path | None) -> str:
-    """In words: what is missing and how to get it."""
-    where = f"not in {data_dir}" if data_dir is not None else "no --data_dir was given"
-    how = benchmark.how_to_get
+def why_absent(benchmark: Benchmark, data_dir: Path | None, *, prefix: str = "--") -> str:
+    """In words: what is missing and how to get it. prefix: of the options data_dir and download."""
+    where = f"not in {data_dir}" if data_dir is not None else f"no {prefix}data_dir was given"
+    how = benchmark.how_to_get.replace("--download", f"{prefix}download")
     if not how and benchmark.hub is not None:
-        how = f"Add --download to fetch it from the hub ({benchmark.hub.id}), or put the file there."
+        how = f"Add {prefix}download to fetch it from the hub ({benchmark.hub.id}), or put the file there."
     return f"{benchmark.shown_name}: {benchmark.file}: {where}. {how or 'Put the file there.'}"
 
 

@@ -10,6 +10,7 @@ A crash leaves at most a folder that is not named as a checkpoint; the next run 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MANIFEST = "psft_manifest.json"
+BEST = "best"
+"""Name of the link to the checkpoint with the highest score, beside the checkpoints."""
 _NAME = re.compile(r"checkpoint-(\d+)")
 _LEFTOVER = re.compile(r"\.(checkpoint-\d+)\.(part|replaced)")
 
@@ -126,8 +129,32 @@ def what_is_wrong(folder: Path, *, check_contents: bool = True) -> str | None:
     return None
 
 
+def link_best(run: Path, step: int | None) -> None:
+    """Let RUN/best lead to the checkpoint of this step, at once or not at all; None takes the link away.
+
+    Raises:
+        OSError: the file system has no links, or something else of that name is there.
+    """
+    link, aside = run / BEST, run / f".{BEST}.part"
+    if link.exists() and not link.is_symlink():
+        raise FileExistsError(errno.EEXIST, "something else than a link is there", str(link))
+    if step is None:
+        link.unlink(missing_ok=True)
+        return
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(f"checkpoint-{step}")
+    os.replace(aside, link)
+
+
+def linked_best(run: Path) -> Path | None:
+    """The checkpoint that RUN/best leads to, if it is there."""
+    link = run / BEST
+    return run / os.readlink(link) if link.is_symlink() and link.is_dir() else None
+
+
 def rotate(run: Path, *, limit: int | None, keep: Path | None = None) -> list[Path]:
-    """Delete the oldest checkpoints until `limit` complete ones are left; the newest complete one always stays.
+    """Delete the oldest checkpoints until `limit` complete ones are left; the newest complete one always stays, and
+    the one that RUN/best leads to.
 
     Args:
         limit: None or below 1 = delete nothing.
@@ -141,7 +168,7 @@ def rotate(run: Path, *, limit: int | None, keep: Path | None = None) -> list[Pa
     complete = [checkpoint for checkpoint in found if checkpoint.problem is None]
     if not complete:
         return []
-    protected = {complete[-1].path, *([keep] if keep is not None else [])} & {c.path for c in complete}
+    protected = {complete[-1].path, keep, linked_best(run)} & {c.path for c in complete}
     surplus = [c.path for c in found if c.problem is not None and c.step < complete[-1].step]
     removable = [c.path for c in complete if c.path not in protected]
     surplus += removable[: max(len(complete) - max(limit, len(protected)), 0)]

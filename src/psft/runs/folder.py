@@ -25,6 +25,8 @@ RUN_FILES = (
     "summary.json",
 )
 """The files a run owns beside its checkpoints and the model."""
+EVALUATION = "evaluation"
+"""Folder of what was sampled and graded: `step-N` while training, `checkpoint-N` and `final` by psft eval."""
 _MODEL_FILES = re.compile(
     r"(model|adapter_model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
     r"|(config|generation_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|vocab|added_tokens)\.json"
@@ -91,7 +93,12 @@ class RunFolder:
             if item.is_dir() and not item.is_symlink():
                 if re.fullmatch(r"checkpoint-\d+", item.name):
                     shutil.rmtree(item)
+                elif item.name == EVALUATION:
+                    for part in item.glob("step-*"):  # made while training; what psft eval made of it stays
+                        shutil.rmtree(part)
             elif item.name in RUN_FILES or _MODEL_FILES.fullmatch(item.name):
+                item.unlink()
+            elif item.name == "best" and item.is_symlink():
                 item.unlink()
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> Path:

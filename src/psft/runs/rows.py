@@ -181,3 +181,5 @@ class Summary(TypedDict, total=False):
     """First, last and best of the measured values."""
     last: dict[str, Any]
     best: dict[str, Any]
+    best_checkpoint: dict[str, Any] | None
+    """With select_best: step of the checkpoint that RUN/best leads to, what it was chosen by, and its score."""

@@ -6,7 +6,7 @@ import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
@@ -42,6 +42,9 @@ from psft.trainers.trust_region import TrustRegion
 from psft.trainers.watching import RunWatch
 from psft.window import Schedule, Step, Window
 
+if TYPE_CHECKING:
+    from psft.trainers.benchmarks import Benchmarks
+
 
 class DurableTrainer(SFTTrainer):
     """The part of `PSFTTrainer` that is not about training but about not losing it.
@@ -59,6 +62,7 @@ class DurableTrainer(SFTTrainer):
     recorder: RunRecorder
     trust_region: TrustRegion
     watch: RunWatch
+    benchmarks: Benchmarks | None
     clipped_tokens: ClippedTokens | None
     reference: FrozenReference | None
     micro_batch_cap: MicroBatchCap
@@ -76,6 +80,7 @@ class DurableTrainer(SFTTrainer):
         self.identity: dict[str, Any] = {}
         self._resume: ResumePoint | None = None
         self._staging_root: Path | None = None
+        self.saved_at: int | None = None  # the step of the newest checkpoint
         self._row_lengths: tuple[Any, list[int]] | None = None  # of which data set
 
     @property
@@ -154,6 +159,7 @@ class DurableTrainer(SFTTrainer):
             RunFailed: it cannot be written; the checkpoints before it are as they were.
         """
         run, step = Path(super()._get_output_dir(trial)), self.state.global_step
+        self.saved_at = step
         with self._staged(run, step) as folder:
             super()._save_checkpoint(model, trial)
             position = position_after(self, self._epoch, self._current_step, self._steps_in_epoch)
@@ -163,7 +169,8 @@ class DurableTrainer(SFTTrainer):
                 self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
         if self.args.should_save:
             best = self.state.best_model_checkpoint
-            rotate(run, limit=self.args.save_total_limit, keep=None if best is None else Path(best))
+            keep = None if best is None else run / Path(best).name  # the run may have been moved
+            rotate(run, limit=self.args.save_total_limit, keep=keep)
 
     @contextlib.contextmanager
     def _staged(self, run: Path, step: int) -> Iterator[Path]:
@@ -204,6 +211,7 @@ class DurableTrainer(SFTTrainer):
         named: Any = resume_from_checkpoint or self.args.resume_from_checkpoint or self.args.resume
         is_resuming = bool(named)
         check_longest_row(self)
+        self.saved_at = None
         self.micro_batch_cap.begin()
         self.identity = identity_of(self)
         path = find_checkpoint(self, None if named is True else named) if is_resuming else None
@@ -239,6 +247,9 @@ class DurableTrainer(SFTTrainer):
         if self.reference is not None and "data" not in (self.args.allow_changed or []):
             self.reference.restore(resume.path)
         self.watch.restore(resume.path)
+        self.saved_at = resume.step
+        if self.benchmarks is not None:
+            self.benchmarks.load_state_dict(resume.state.get("benchmarks"))
         if self.clipped_tokens is not None:
             self.clipped_tokens.restore(resume.path)
         self._total_train_tokens = resume.state["num_train_tokens"]

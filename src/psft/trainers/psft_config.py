@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import torch
 import trl
+from transformers.trainer_utils import SaveStrategy
 
 from psft.config import CHANGES, OBJECTIVE_SETTINGS, PSFTFields
 from psft.errors import RequestError
+from psft.evaluation.in_training import problems_of
 from psft.objectives import Objective, resolve_objective
 from psft.ops.precision import has_native_bf16
 from psft.trainers.compute import compute_problems
@@ -43,6 +45,7 @@ class PSFTConfig(PSFTFields, trl.SFTConfig):  # type: ignore[misc]  # train_batc
     """
 
     def __post_init__(self) -> None:
+        is_judged_by = self.metric_for_best_model  # as it was given: transformers fills it in
         self.logging_nan_inf_filter = False  # a loss that is not finite is shown, and its step passed over
         if self.bf16 is None and not self.fp16:
             self.bf16 = has_native_bf16()
@@ -54,6 +57,7 @@ class PSFTConfig(PSFTFields, trl.SFTConfig):  # type: ignore[misc]  # train_batc
         if self.deterministic is None:
             self.deterministic = self.device.type == "cpu"
         problems = [*self._resolve_batch_sizes(), *self._resolve_objective(), *self._refusals()]
+        problems += [*problems_of(self), *self._unselectable(is_judged_by)]
         if problems:
             raise RequestError("; ".join(problems))
 
@@ -167,6 +171,33 @@ class PSFTConfig(PSFTFields, trl.SFTConfig):  # type: ignore[misc]  # train_batc
             problems.append(f"{target} moves the bound from where it is, and it is inf. Give a finite one, e.g. 0.28")
         elif self.mini_batch_size == self.train_batch_size:
             problems.append(f"{target} has no effect with one mini-batch per window: every ratio is 1")
+        return problems
+
+    def _unselectable(self, metric: str | None) -> list[str]:
+        """What keeps `select_best` from having a checkpoint for every score. metric: metric_for_best_model as given."""
+        if self.select_best is None or not self.eval_suite:
+            return []
+        problems = []
+        every, strategy = self.eval_suite_steps, SaveStrategy(self.save_strategy)
+        if metric is not None:
+            problems.append(f"select_best and metric_for_best_model={metric} each choose a best checkpoint. Give one")
+        if strategy not in (SaveStrategy.STEPS, SaveStrategy.EPOCH):
+            problems.append(
+                f"select_best keeps the best of the checkpoints, and save_strategy={strategy.value} "
+                + ("saves none" if strategy == SaveStrategy.NO else "saves by another score")
+                + ". Set save_strategy=steps and save_steps, or save_strategy=epoch"
+            )
+        elif every is not None and strategy == SaveStrategy.EPOCH:
+            problems.append(
+                f"eval_suite_steps={every} does not coincide with save_strategy=epoch, and select_best needs a "
+                "checkpoint for every score. Leave eval_suite_steps out: every checkpoint is evaluated then"
+            )
+        elif every is not None and (self.save_steps < 1 or every % self.save_steps):
+            problems.append(
+                f"eval_suite_steps={every} does not coincide with save_steps={self.save_steps:g}, and select_best "
+                "needs a checkpoint for every score. Make it a multiple of save_steps, or leave it out: every "
+                "checkpoint is evaluated then"
+            )
         return problems
 
     def _refusals(self) -> list[str]:

@@ -126,7 +126,12 @@ class PSFTTrainer(DurableTrainer):
             announce_plain_sft(args)
         self.trust_region = TrustRegion(args, self.objective)
         self.recorder = RunRecorder(self)
-        self.watch = RunWatch(self)
+        self.benchmarks = None
+        if args.eval_suite:
+            from psft.trainers.benchmarks import Benchmarks
+
+            self.benchmarks = Benchmarks(self)
+        self.watch = RunWatch(self, () if self.benchmarks is None else self.benchmarks.metrics)
         is_tracked = args.track_clipped_tokens and self.trust_region.radius_name is not None
         self.clipped_tokens = ClippedTokens(self) if is_tracked else None
         self.micro_batch_cap = MicroBatchCap(self)
@@ -216,7 +221,10 @@ class PSFTTrainer(DurableTrainer):
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         self.watch.begins()
         self.watch.makes_up()
-        is_over = self.state.global_step >= self.state.max_steps  # resumed at the end
+        if self.benchmarks is not None:
+            self.benchmarks.begins()
+        is_over = self.stop_signal.number is not None  # it came while the model was evaluated
+        is_over |= self.state.global_step >= self.state.max_steps  # resumed at the end
         is_over |= self._resume is not None and self.control.should_training_stop  # what was made up for meets a rule
         if is_over:
             self.control.should_training_stop = True
@@ -434,6 +442,10 @@ class PSFTTrainer(DurableTrainer):
             scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
         return scheduler
 
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        """Where `select_best` chooses the best checkpoint, held-out data do not."""
+        return self.args.select_best is None and super()._determine_best_metric(*args, **kwargs)
+
     def evaluation_loop(
         self,
         dataloader: DataLoader[Any],
@@ -454,14 +466,17 @@ class PSFTTrainer(DurableTrainer):
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self.watch.makes_up()  # a run that goes on from its end has no epoch left
+        if self.benchmarks is not None and self.stop_signal.number is None:
+            self.benchmarks.begins()
         self._tr_loss = self._reduce(self._tr_loss, "sum") / self.args.world_size  # else this rank's own is reported
         return super()._finalize_training(*args, **kwargs)
 
     def _maybe_log_save_evaluate(
         self, tr_loss: Tensor, grad_norm: Any, model: Any, trial: Any, epoch: Any, *args: Any, **kwargs: Any
     ) -> None:
-        if self.recorder.telemetry is not None and self._current_step is not None:
-            assert self._window is not None
+        is_step = self.recorder.telemetry is not None and self._current_step is not None
+        if is_step:
+            assert self._window is not None and self._current_step is not None
             row = self.recorder.step_ends(self._current_step, grad_norm, kwargs.get("learning_rate"), self._reduce)
             keep_for_trackers(self._metrics["train"], row)
             self.trust_region.step_ends(self._current_step, row, is_last=self._window.is_spent)
@@ -471,6 +486,18 @@ class PSFTTrainer(DurableTrainer):
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
             self.watch.step_ends(row)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, epoch, *args, **kwargs)
+        if self.benchmarks is not None:
+            self.benchmarks.step_ends(is_epoch_end=not is_step)
+            if self.control.should_save:  # a rule about a score, or a signal meanwhile
+                if self.saved_at != self.state.global_step:
+                    self._save_checkpoint(model, trial)
+                self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+                self.benchmarks.step_ends(is_epoch_end=not is_step)
+
+    @property
+    def is_at_epoch_end(self) -> bool:
+        """Whether the last step of an epoch was the last one done."""
+        return self._steps_in_epoch >= len(self.schedule().epoch(self._epoch))
 
 
 def _scaled_before(last_step: int, factor: float, rate: Callable[[int], float]) -> Callable[[int], float]:

@@ -55,6 +55,7 @@ class RunRecorder:
         self.num_eval_rows = 0  # of eval.jsonl; known to the rank that writes
         self.extra: dict[str, Any] = {}
         self.listeners: list[Callable[[str, Any], None]] = []
+        self.best_checkpoint: dict[str, Any] | None = None  # for summary.json, where one is chosen
         self.loss: Tensor | None = None
         self._step_started = self._train_started = self._wall_time_s = 0.0
         self._exit_reason = "not started"
@@ -191,6 +192,8 @@ class RunRecorder:
             "last": self._last,
             "best": self._best,
         }
+        if self.best_checkpoint is not None:
+            summary["best_checkpoint"] = self.best_checkpoint
         if self._writes:
             self.folder.write_json("summary.json", summary)
         return summary
@@ -285,6 +288,8 @@ class RunRecorder:
             self._last[key] = value
             if name == "nll":
                 self._best[key] = min(value, self._best.get(key, value))
+            elif name == "accuracy":
+                self._best[key] = max(value, self._best.get(key, value))
 
     def _warmup_info(self) -> dict[str, Any] | None:
         args = self.trainer.args

@@ -136,6 +136,7 @@ def save_state(trainer: DurableTrainer, folder: Path, position: Position, window
         "is_evaluated": trainer.recorder.last_evaluated_step == trainer.state.global_step,
         "num_eval_rows": trainer.recorder.num_eval_rows,
         "micro_batch_cap": trainer.micro_batch_cap.state_dict(),
+        "benchmarks": None if trainer.benchmarks is None else trainer.benchmarks.state_dict(),
     }
     (folder / STATE_FILE).write_text(json.dumps(state, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 

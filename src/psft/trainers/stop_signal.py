@@ -40,6 +40,11 @@ class StopSignal(TrainerCallback):
         """What a shell expects of a program that a signal ended: 128 + its number; 0 without one."""
         return 0 if self.number is None else 128 + self.number
 
+    @property
+    def is_received(self) -> bool:
+        """Whether a signal has reached this rank, whatever the others know: long work may stop before its end."""
+        return self._received_number is not None
+
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Take the signals over from the interpreter, and give them back. Elsewhere than in the main thread: no-op."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,10 +32,12 @@ class RunWatch:
         step_ends(row)        a row of metrics.jsonl; every probe_every steps, and after the last, the probe
         evaluated(row)        a row of eval.jsonl
 
+    more_measured: what rows of eval.jsonl hold beside held-out data, as rules name it.
+
     Rules are asked on every rank, of numbers that are the same on all; alerts are said by the first.
     """
 
-    def __init__(self, trainer: PSFTTrainer) -> None:
+    def __init__(self, trainer: PSFTTrainer, more_measured: Sequence[str] = ()) -> None:
         self.trainer = trainer
         args = trainer.args
         self.alerts = Watch(args.drift_budget)
@@ -43,6 +45,7 @@ class RunWatch:
         if args.probe_every:
             self.probe = RetentionProbe(trainer, load_probe_prompts(args.probe_prompts))
         measured = [f"{name}_{metric}" for name in _held_out_names(trainer) for metric in ("nll", "entropy")]
+        measured += more_measured
         self.stop_rules, self.save_rules = (
             RuleBook(self._rule(text, setting, measured) for text in getattr(args, setting) or [])
             for setting in ("stop_when", "save_when")
