@@ -33,7 +33,7 @@ from psft.evaluation.progress import Progress
 from psft.evaluation.results import ItemScores
 from psft.evaluation.samples import KeyedFile
 from psft.evaluation.settings import HowToSample, WhatToEvaluate
-from psft.runs import RunFolder, describe_environment
+from psft.runs import EvalRow, RunFolder, describe_environment
 
 SAMPLES, GRADES = "samples.jsonl", "grades.jsonl"
 SCHEMA = 1
@@ -67,19 +67,19 @@ def evaluate(
         RequestError: something about the request is wrong; nothing was generated.
         RunFailed: the backend cannot go on; what came so far is kept.
     """
-    say = say or _on_stderr
+    say = say or say_on_stderr
     suite = _adjusted(suite, what, how)
-    _check(what, how)
+    check_settings(what, how)
     data = _load_all(suite, what, say)
     prepare_graders(data)
-    other = _other_results(what)
+    other = other_results(what)
     model = find_model(model_name, how)
     step = what.step if what.step is not None else model.step
     overlap = _overlap(data, what, say)
     backend = make_backend(model, how)
-    output = Path(what.output_dir).expanduser() if what.output_dir else _default_output(model)
+    output = Path(what.output_dir).expanduser() if what.output_dir else default_output(model)
     path = output / f"{model.name}.{plain_name(suite.name)}.json"
-    _check_replaced(path, model, say)
+    check_replaced(path, model, say)
     started = time.monotonic()
     found: list[dict[str, Any]] = []
     made: dict[str, Generated] = {}
@@ -103,7 +103,7 @@ def evaluate(
         finally:
             backend.close()
     if other is not None:
-        _compare(found, other)
+        compare_with(found, other)
     content = {
         "schema": SCHEMA,
         "model": {
@@ -122,11 +122,13 @@ def evaluate(
         "benchmarks": found,
     }  # fmt: skip
     RunFolder(output).write_json(path.name, content)
-    _record(model, what, step, found, say)
+    if step is not None:
+        whole = [result for result in found if not result["missing_samples"]]
+        record_rows(model, what, [row for result in whole for row in results.eval_rows(result, step)], say)
     return Outcome(content, path, _problem(found, made))
 
 
-def _on_stderr(line: str) -> None:
+def say_on_stderr(line: str) -> None:
     print(f"psft eval: {line}", file=sys.stderr, flush=True)
 
 
@@ -160,7 +162,7 @@ def _contradictions(benchmark: Benchmark) -> list[str]:
     return found
 
 
-def _check(what: WhatToEvaluate, how: HowToSample) -> None:
+def check_settings(what: WhatToEvaluate, how: HowToSample) -> None:
     """Raises RequestError for settings that contradict each other."""
     problems = []
     if how.backend not in BACKENDS:
@@ -255,7 +257,7 @@ def make_backend(model: Model, how: HowToSample) -> Backend:
     )  # fmt: skip
 
 
-def _check_replaced(path: Path, model: Model, say: Say) -> None:
+def check_replaced(path: Path, model: Model, say: Say) -> None:
     """Say so where the results file is that of another model of this name."""
     with contextlib.suppress(RequestError):  # none there, or damaged
         before = RunFolder(path.parent).read_json(path.name).get("model")
@@ -266,10 +268,7 @@ def _check_replaced(path: Path, model: Model, say: Say) -> None:
 
 def _load_all(suite: Suite, what: WhatToEvaluate, say: Say) -> list[Data]:
     """The data of every benchmark; those that are absent are named together."""
-    named = what.data_dir or os.environ.get("PSFT_DATA_DIR")
-    data_dir = Path(named).expanduser() if named else None
-    if data_dir is not None and not data_dir.is_dir():
-        raise RequestError(f"--data_dir {data_dir} is no folder. Give the one that holds the benchmark files.")
+    data_dir = data_folder(what)
     here = [benchmark for benchmark in suite.benchmarks if find_file(benchmark, data_dir) is not None]
     fetched = [b for b in suite.benchmarks if what.download and b not in here and b.hub is not None]
     absent = [benchmark for benchmark in suite.benchmarks if benchmark not in here and benchmark not in fetched]
@@ -288,6 +287,19 @@ def _load_all(suite: Suite, what: WhatToEvaluate, say: Say) -> list[Data]:
     ]
 
 
+def data_folder(what: WhatToEvaluate) -> Path | None:
+    """The folder with the benchmark files, if one is named.
+
+    Raises:
+        RequestError: it is none.
+    """
+    named = what.data_dir or os.environ.get("PSFT_DATA_DIR")
+    data_dir = Path(named).expanduser() if named else None
+    if data_dir is not None and not data_dir.is_dir():
+        raise RequestError(f"--data_dir {data_dir} is no folder. Give the one that holds the benchmark files.")
+    return data_dir
+
+
 def _overlap(data: Sequence[Data], what: WhatToEvaluate, say: Say) -> Overlap | None:
     if what.contamination_against is None:
         return None
@@ -301,7 +313,7 @@ def _described(overlap: Overlap | None, what: WhatToEvaluate) -> dict[str, Any] 
     return {"file": Path(str(what.contamination_against)).name, "rows": overlap.num_rows, "kinds": overlap.hits}
 
 
-def _other_results(what: WhatToEvaluate) -> dict[str, Any] | None:
+def other_results(what: WhatToEvaluate) -> dict[str, Any] | None:
     if what.compare_to is None:
         return None
     path = Path(what.compare_to).expanduser()
@@ -311,7 +323,8 @@ def _other_results(what: WhatToEvaluate) -> dict[str, Any] | None:
     return found
 
 
-def _default_output(model: Model) -> Path:
+def default_output(model: Model) -> Path:
+    """Where results of a model go if nobody says otherwise."""
     if model.run is None or model.folder is None:
         return Path("evals") / model.name
     is_final = model.folder.resolve() == model.run.resolve()
@@ -354,26 +367,26 @@ def _grade(plan: Plan, samples: KeyedFile, grades: Grades) -> dict[str, ItemScor
     return found
 
 
-def _compare(found: Sequence[dict[str, Any]], other: Mapping[str, Any]) -> None:
+def compare_with(found: Sequence[dict[str, Any]], other: Mapping[str, Any]) -> None:
+    """Add to each result the paired test against another model's result of the same benchmark."""
     theirs = {entry.get("benchmark"): entry for entry in other["benchmarks"]}
     for result in found:
         if result["benchmark"] in theirs:
             result["compared"] = results.compare(result, theirs[result["benchmark"]])
 
 
-def _record(model: Model, what: WhatToEvaluate, step: int | None, found: Sequence[Mapping[str, Any]], say: Say) -> None:
-    """Rows in the run's eval.jsonl, of benchmarks that are whole; a row that stands there already is not repeated."""
+def record_rows(model: Model, what: WhatToEvaluate, rows: Sequence[EvalRow], say: Say) -> None:
+    """Rows for the run's eval.jsonl, if the model belongs to a run; one that stands there already is not repeated."""
     run = Path(what.run_dir).expanduser() if what.run_dir is not None else model.run
-    if run is None or step is None:
+    if run is None:
         return
     folder = RunFolder(run)
     there = folder.read_rows("eval.jsonl")
-    whole = [result for result in found if not result["missing_samples"]]
-    new = [row for result in whole for row in results.eval_rows(result, step) if dict(row) not in there]
+    new = [row for row in rows if dict(row) not in there]
     for row in new:
         folder.append("eval.jsonl", row)
     if new:
-        say(f"{len(new)} rows added to {run / 'eval.jsonl'} at step {step:,}")
+        say(f"{len(new)} rows added to {run / 'eval.jsonl'} at step {new[0]['step']:,}")
 
 
 def _problem(found: Sequence[Mapping[str, Any]], made: Mapping[str, Generated]) -> str | None:
