@@ -253,7 +253,7 @@ def _config_for_tokenizer(folder: Path) -> PreTrainedConfig | None:
     if not is_plain or not isinstance(model_type, str):
         return None
     config = PreTrainedConfig()
-    config.model_type = model_type
+    config.model_type = model_type  # type: ignore[misc]  # a class variable that transformers sets on instances, too
     config._name_or_path = str(folder)
     if "model_name" in settings:
         config.model_name = settings["model_name"]
