@@ -166,7 +166,7 @@ def test_no_usable_row_is_an_error_under_skip_too(prepare, tmp_path):
         ("number.json", b"3", "holds a JSON int"),
         ("broken.json", b"[{", "is not JSON"),
         ("broken.jsonl.gz", b"no gzip", "damaged gzip"),
-        ("torn.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999)[:-20], "damaged gzip"),
+        ("torn.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999, mtime=0)[:-20], "damaged gzip"),
         ("broken.parquet", b"PAR1", "not a readable parquet"),
         ("latin.csv", "text\né".encode("latin-1"), "not UTF-8"),
         ("header.csv", b"text\n", "holds no row"),

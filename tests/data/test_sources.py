@@ -173,7 +173,7 @@ def test_line_ends_and_byte_order_marks_make_no_difference(read):
             b'{"data": [{"text": "a"}], "data": [{"text": "b"}]}',
             "the key 'data' that holds the rows is given",
         ),
-        ("a.jsonl.gz", gzip.compress(lines(*[GOOD] * 500))[:-12] + b"\0" * 12, "is a damaged gzip file"),
+        ("a.jsonl.gz", gzip.compress(lines(*[GOOD] * 500), mtime=0)[:-12] + b"\0" * 12, "is a damaged gzip file"),
         ("a.csv", b'question,answer\nq,"a\nq,a\nq,a\n', r"a\.csv:2: a quote is opened in this row and never closed"),
         ("a.csv", b"question,answer,question\nq,a,b\n", r"a\.csv:1: the header names the column 'question' twice"),
         ("a.csv", b'"question"x,answer\nq,a\n', r"a\.csv:1: not a readable CSV header"),

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from psft.cli import launch as launching
+from psft.machine import LOCAL_RANK
 
 pytestmark = pytest.mark.slow  # whole jobs of several processes
 
@@ -30,7 +31,7 @@ def slow(logps, completion_mask, *, normalizer, seconds=0.5):
     time.sleep(seconds)
     return -torch.where(completion_mask, logps, 0.0).sum() / normalizer
 """
-IN_A_JOB = (*launching._LAUNCHED, launching.FOLDER, "RANK", "DS_ACCELERATOR")
+IN_A_JOB = (*LOCAL_RANK, launching.FOLDER, "RANK", "DS_ACCELERATOR")
 
 
 @pytest.fixture
