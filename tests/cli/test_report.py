@@ -161,7 +161,10 @@ def test_ctrl_c_ends_the_watch_and_leaves_the_page(tmp_path):
     folder = make_run(tmp_path / "run", num_steps=2, parts=())
     words = [sys.executable, "-m", "psft.cli.main", "report", str(folder.path), "--watch", "--every", "60"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's "&" has it ignored
+    )  # fmt: skip
     assert process.stdout is not None and process.stderr is not None
     assert "at step 2" in process.stdout.readline()
     time.sleep(0.2)
