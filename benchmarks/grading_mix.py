@@ -52,7 +52,7 @@ def golds_of(data: Path) -> list[str]:
         golds += [str(json.loads(line)["answer"]) for line in lines]
     with gzip.open(data / "train" / "math8k_prompts.jsonl.gz", "rt", encoding="utf-8") as file:
         golds += [str(json.loads(line)["answer"]) for line in file]
-    return golds
+    return [gold for gold in golds if gold.strip()]  # a few of MATH's problems have none
 
 
 def worked_responses(data: Path) -> list[list[str]]:
