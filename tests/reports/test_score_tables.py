@@ -174,7 +174,8 @@ def test_the_checkpoint_that_the_run_chose_stands_for_it_else_the_last_whole_one
     """Goes red if a slice, an earlier step or step 0 counts before the last whole results."""
     run = scored(tmp_path / "run", {"amc": 0.9}, step=8)
     write_results(run.path / "evaluation" / "checkpoint-4" / "m.math.json", {"amc": 0.1}, step=4)
-    write_results(run.path / "evaluation" / "slice" / "m.smoke.json", [result("amc", 0.6, limit=5)], step=8)
+    longer = [result("amc", 0.6, limit=30, k=32)]  # a slice with more samples, made later
+    write_results(run.path / "evaluation" / "slice" / "m.smoke.json", longer, step=8)
     write_results(run.path / "evaluation" / "start" / "m.math.json", {"amc": 0.3}, step=0)
 
     def steps(out):
@@ -186,6 +187,14 @@ def test_the_checkpoint_that_the_run_chose_stands_for_it_else_the_last_whole_one
     (run.path / "checkpoint-4").mkdir()
     (run.path / "best").symlink_to("checkpoint-4")
     assert steps("page1") == ([4], ["evaluation/checkpoint-4/m.math.json"])
+
+
+def test_a_run_that_was_only_measured_before_training_has_no_row(tmp_path):
+    """Goes red if step 0 stands for the trained model, too: the run would equal its base."""
+    run = scored(tmp_path / "run", {"amc": 0.3}, step=0)
+    table = report([run], tmp_path / "page").data["score_tables"]["table1"]
+    assert [row["is_base"] for row in table["rows"]] == [True]
+    assert any(missing["reason"] == "run lacks AMC." for missing in table["missing"])
 
 
 def test_remarks_say_what_makes_a_score_doubtful(tmp_path):
