@@ -14,12 +14,12 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from psft.checksums import sha256_of
 from psft.errors import RequestError, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_BLOCK = 1 << 22  # bytes
 _ROWS_AT_A_TIME = 4096
 _PACKAGES = ("psft", "transformers", "tokenizers", "jinja2", "trl", "datasets", "pyarrow")
 """Packages that read, render or tokenise rows, TRL by its templates with marks around the answers."""
@@ -27,16 +27,12 @@ _PACKAGES = ("psft", "transformers", "tokenizers", "jinja2", "trl", "datasets", 
 
 def digest_of_file(path: Path) -> str:
     """Digest of a file's bytes. Raises RequestError: it cannot be read."""
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
+        return sha256_of(path)
     except OSError as error:
         raise RequestError(
             f"{shown(path)} cannot be read: {error.strerror or error}. Check the file and its rights."
         ) from error
-    return digest.hexdigest()
 
 
 def digest_of_folder(folder: Path) -> str:

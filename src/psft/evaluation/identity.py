@@ -13,9 +13,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from psft.checksums import sha256_of
 from psft.errors import RequestError, first_line, shown
 from psft.evaluation.samples import digest
-from psft.models.quickstart import cache_folder, sha256_of
+from psft.machine import cache_folder
 from psft.runs import RunFolder
 from psft.runs.folder import replace_file
 

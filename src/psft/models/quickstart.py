@@ -9,7 +9,6 @@ manifest of sizes and SHA-256 sums at every use; what does not match is thrown a
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from psft.checksums import sha256_of
 from psft.errors import RequestError
 from psft.machine import cache_folder
 
@@ -120,15 +120,6 @@ def write_manifest(folder: Path, source: dict[str, str]) -> None:
     }
     manifest = {"version": MANIFEST_VERSION, "name": NAME, "source": source, "files": files}
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _known_sha256_of(path: Path) -> str:

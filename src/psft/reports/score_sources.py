@@ -16,6 +16,7 @@ from typing import Any
 from psft.reports import benchmarks
 from psft.reports.evaluations import Evaluation, Measurement
 from psft.reports.load import Run, is_number
+from psft.runs.checkpoints import linked_best
 
 NO_NAME = "the base model"
 """Of a run that does not say what it started from."""
@@ -44,9 +45,10 @@ def chosen(run: Run, known: Iterable[str]) -> dict[str, Measurement]:
 def _best_step(run: Path) -> int | None:
     """Of the checkpoint that RUN/best points to."""
     try:
-        match = re.fullmatch(r"checkpoint-(\d{1,12})", (run / "best").resolve().name)
-    except (OSError, RuntimeError):
+        best = linked_best(run)
+    except OSError:
         return None
+    match = re.fullmatch(r"checkpoint-(\d{1,12})", best.name) if best is not None else None
     return int(match[1]) if match else None
 
 

@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from psft.errors import RequestError, RunFailed, shown
+from psft.machine import logical_cores
 from psft.rewards.base import Grade
 from psft.rewards.registry import get_grader
 from psft.rewards.worker import timed_out
@@ -70,7 +71,7 @@ def grade_rows(
     if grader.is_quick:
         grader.prepare()
         return (grader(row) for row in rows if row is not None)
-    count = num_workers or len(os.sched_getaffinity(0))
+    count = num_workers or logical_cores()
     return _Pool(count, (grader_name, settings, time_limit)).grade(rows)
 
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+
+from psft.checksums import sha256_of
 
 MANIFEST = "psft_manifest.json"
 BEST = "best"
@@ -178,10 +179,8 @@ def rotate(run: Path, *, limit: int | None, keep: Path | None = None) -> list[Pa
 
 
 def _sha256(path: Path, *, sync: bool = False) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-        if sync:
+    found = sha256_of(path)
+    if sync:
+        with open(path, "rb") as file:
             os.fsync(file.fileno())
-    return digest.hexdigest()
+    return found

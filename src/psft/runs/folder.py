@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from psft.errors import RequestError
+from psft.runs.checkpoints import BEST
 
 RUN_FILES = (
     "run.json",
@@ -98,7 +99,7 @@ class RunFolder:
                         shutil.rmtree(part)
             elif item.name in RUN_FILES or _MODEL_FILES.fullmatch(item.name):
                 item.unlink()
-            elif item.name == "best" and item.is_symlink():
+            elif item.name == BEST and item.is_symlink():
                 item.unlink()
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> Path:

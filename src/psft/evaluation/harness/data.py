@@ -26,7 +26,7 @@ from typing import Any
 from psft.errors import RequestError, first_line, shown
 from psft.evaluation.harness.registry import HarnessTask
 from psft.evaluation.items import read_rows
-from psft.models.quickstart import cache_folder
+from psft.machine import cache_folder
 
 Rows = dict[tuple[str, str], list[dict[str, Any]]]
 """By (name of the hub's configuration, split)."""

@@ -171,9 +171,7 @@ def _check(what: WhatToEvaluate, how: HowToSample, settings: HarnessSettings) ->
     check_settings(what, how)
 
 
-def _load_all(
-    tasks: Sequence[HarnessTask], what: WhatToEvaluate, say: Say
-) -> list[tuple[HarnessTask, LocalData | None]]:
+def _load_all(tasks: Sequence[HarnessTask], what: WhatToEvaluate, say: Say) -> list[TaskWithData]:
     """The local data of every task, None where lm-eval shall fetch them; those absent are named together."""
     data_dir = data_folder(what)
     paths = {task.task: find_file(task, data_dir) for task in tasks}
@@ -184,7 +182,7 @@ def _load_all(
         raise RequestError("not here:\n" + "\n".join(f"  - {line}" for line in words) + advice)
     for line in words:
         say(f"left out: {line}")
-    found: list[tuple[HarnessTask, LocalData | None]] = []
+    found: list[TaskWithData] = []
     for task in tasks:
         path = paths[task.task]
         if path is not None:
