@@ -1,8 +1,6 @@
 """A function over many items in several processes, its results in the order of the items.
 
-Each process is a fresh interpreter (`worker`), never a fork: this process may hold threads of torch or tokenizers,
-whose locks a fork would copy as they are at that moment, a GPU, which no fork can use, or a `__main__` without a
-guard, which multiprocessing would run again. A thread of this process stands for each, hands it an item and waits for
+Each process is a fresh interpreter (`worker`). A thread of this process stands for each, hands it an item and waits for
 the result, so neither side ever waits for room in a pipe that the other does not empty.
 """
 
@@ -11,21 +9,20 @@ from __future__ import annotations
 import os
 import pickle
 import signal
-import socket
 import subprocess
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from psft.errors import RunFailed
+from psft.processes import start_interpreter
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}  # the processes themselves fill the cores
 _AHEAD = 2  # items given out for each process beyond the one it works on, so that none waits for the reader
 
 
@@ -121,23 +118,13 @@ class _Process:
     """A fresh interpreter and this end of the socket to it."""
 
     def __init__(self) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            try:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-c", f"from psft.data.worker import serve; serve({theirs.fileno()})"],
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    env=_environment(),
-                )
-            except OSError as error:
-                ours.close()
-                raise RunFailed(
-                    f"a process that prepares the data cannot be started: {error.strerror or error}. Let this one do "
-                    "it: --dataset_num_proc 1."
-                ) from error
-        self._connection = Connection(ours.detach())
+        try:
+            self._process, self._connection = start_interpreter("psft.data.worker", _ONE_THREAD)
+        except OSError as error:
+            raise RunFailed(
+                f"a process that prepares the data cannot be started: {error.strerror or error}. Let this one do it: "
+                "--dataset_num_proc 1."
+            ) from error
 
     def ask(self, message: bytes) -> Any:
         """What the process makes of the message. Raises what it raises; RunFailed: it is gone."""
@@ -168,14 +155,3 @@ class _Process:
     def close(self) -> None:
         self._connection.close()
         self._process.wait()
-
-
-def _environment() -> dict[str, str]:
-    """This process's, with its way to find modules; the processes themselves fill the cores, so each has one thread."""
-    own = {
-        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-        "PYTHONSAFEPATH": "1",  # `-c` alone would look into the folder one is in before all others
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": "1",
-    }
-    return {**os.environ, **own}

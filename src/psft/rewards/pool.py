@@ -8,21 +8,18 @@ the rows after it go to another worker. Nothing is retried, and nothing is lost.
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from typing import Any
 
 from psft.errors import RequestError, RunFailed, shown
 from psft.machine import logical_cores
+from psft.processes import start_interpreter
 from psft.rewards.base import Grade
 from psft.rewards.registry import get_grader
 from psft.rewards.worker import timed_out
@@ -82,16 +79,7 @@ class _Worker:
         self.told: deque[_Job] = deque()
         self.is_ready = False
         self.silence_s = SILENCE_S + 10 * order[2]
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", f"from psft.rewards.worker import serve; serve({theirs.fileno()})"],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
-            )
-        self.connection = Connection(ours.detach())
+        self.process, self.connection = start_interpreter("psft.rewards.worker")
         self.deadline = time.monotonic() + START_S
         self.connection.send(order)
 
