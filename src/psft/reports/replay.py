@@ -15,6 +15,8 @@ _WATCHED = (
     "grad_norm",
 )  # fmt: skip
 """The fields of metrics.jsonl that `Watch` reads."""
+_FROM_ONE = ("mini_batch", "num_mini_batches")
+"""Of these, absent means 1, and null would mean nothing."""
 
 
 def all_alerts(run: Run, metrics: Columns) -> list[Alert]:
@@ -39,11 +41,13 @@ def replay(
     later += [(_whole(row.get("step")), watch.probed, row) for row in probes]
     later.sort(key=lambda item: item[0])
     names = [name for name in _WATCHED if name == "stage" or metrics.is_numeric(name)]
+    columns = [metrics.values(name) for name in names]
+    absent_is_one = [name for name, values in zip(names, columns, strict=True) if name in _FROM_ONE and None in values]
     waiting = 0
-    for values in zip(*(metrics.values(name) for name in names), strict=True):
+    for values in zip(*columns, strict=True):
         row = dict(zip(names, values, strict=True))
-        for name in ("mini_batch", "num_mini_batches"):
-            if row.get(name, 1) is None:  # absent means 1; null would mean nothing
+        for name in absent_is_one:
+            if row[name] is None:
                 del row[name]
         step = row.get("step")
         if step is None or step != step:

@@ -155,6 +155,7 @@ class _SawtoothWatch:
 
     _epochs: list[list[float]] = field(default_factory=list)
     _epoch: int = -1
+    _block: int | None = None  # steps after which the epoch's beginning is judged; None: it is too early to judge
 
     def says(self, row: Mapping[str, Any]) -> tuple[str, str] | None:
         entropy, epoch = row.get("entropy"), row.get("epoch")
@@ -164,15 +165,13 @@ class _SawtoothWatch:
         if number != self._epoch:
             self._epoch = number
             self._epochs.append([])
-        self._epochs[-1].append(entropy)
-        return self._tooth()
+            if len(self._epochs) > SAWTOOTH_BOUNDARIES:
+                self._block = max(1, min(len(self._epochs[0]) // _BLOCK_SHARE, _MOST_BLOCK_STEPS))
+        values = self._epochs[-1]
+        values.append(entropy)
+        return self._tooth(self._block) if len(values) == self._block else None
 
-    def _tooth(self) -> tuple[str, str] | None:
-        if len(self._epochs) <= SAWTOOTH_BOUNDARIES:
-            return None
-        size = max(1, min(len(self._epochs[0]) // _BLOCK_SHARE, _MOST_BLOCK_STEPS))
-        if len(self._epochs[-1]) != size:  # judged once, when the first block of a new epoch is whole
-            return None
+    def _tooth(self, size: int) -> tuple[str, str] | None:
         means = statistics.fmean
         pairs = zip(self._epochs, self._epochs[1:], strict=False)
         drops = [means(before[-size:]) - means(after[:size]) for before, after in pairs]

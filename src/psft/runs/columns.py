@@ -63,7 +63,12 @@ class Columns:
 
     def values(self, name: str) -> list[Any]:
         """(num_rows,) as Python has them, None where null or absent."""
-        return self.table.column(name).to_pylist() if name in self.names else [None] * len(self)
+        if name not in self.names:
+            return [None] * len(self)
+        column = self.table.column(name)
+        if self.is_numeric(name) and not column.null_count:
+            return column.to_numpy().tolist()  # the same values, ten times as fast
+        return column.to_pylist()
 
 
 def read_whole_rows(folder: RunFolder, name: str) -> Rows:
@@ -95,7 +100,7 @@ def read_columns(folder: RunFolder, name: str) -> Columns:
     import pyarrow.json
 
     raw, found = _whole_lines(folder, name)
-    if not raw.strip():
+    if not raw or raw.isspace():
         return Columns(pa.table({}), found.problems, found.has_torn_end)
     if _looks_whole(raw):
         try:
