@@ -254,6 +254,44 @@ def test_later_stages_are_shown_from_their_own_numbers(tmp_path):
         assert line["y"] == [row[field] for row in folder.read_rows("metrics.jsonl")]
 
 
+def made_stage(path, stage, model, num_steps=48):
+    """A run of a later stage, begun from `model`."""
+    command = ["psft", stage, "recipe", "--output_dir", str(path)]
+    named = {"model_name_or_path": str(model)}
+    return make_run(path, parts=(), num_steps=num_steps, command=command, model=named, num_train_rows=num_steps)
+
+
+def test_stages_of_a_model_stand_one_after_the_other(tmp_path):
+    """Goes red if a stage begins at 0, or at the end of a run it took an earlier checkpoint of."""
+    first = make_run(tmp_path / "psft", parts=(), model={"model_name_or_path": "some/base"})
+    second = made_stage(tmp_path / "dpo", "dpo", tmp_path / "psft" / "checkpoint-40", num_steps=10)
+    third = made_stage(tmp_path / "grpo", "grpo", tmp_path / "dpo", num_steps=6)
+    alone = make_run(tmp_path / "alone", objective="sft", parts=())
+    paths = [run.path for run in (third, alone, first, second)]
+    figure = Page(write_report(paths, tmp_path / "out", images=False).page).data["figures"]["stages"]
+    lines = {line["label"]: line for _, line in lines_of(figure)}
+    assert set(lines) == {"psft", "dpo", "grpo"}
+    for name, folder, before in (("psft", first, 0), ("dpo", second, 40), ("grpo", third, 50)):
+        rows = folder.read_rows("metrics.jsonl")
+        assert lines[name]["x"] == [before + row["step"] for row in rows]
+        assert lines[name]["y"] == [row["entropy"] for row in rows]
+
+
+def test_a_stage_without_its_beginning_says_what_to_report_on(tmp_path):
+    """Goes red if the figure is left out without a word, or a first stage is asked for another."""
+    later = made_stage(tmp_path / "grpo", "grpo", tmp_path / "psft")
+    missing = Page(write_report([later.path], tmp_path / "out", images=False).page).data["figures"]["stages"]["missing"]
+    assert missing["command"] == f"psft report {tmp_path / 'psft'} {later.path}"
+    only = Page(write_report([make_run(tmp_path / "psft").path], tmp_path / "other", images=False).page).data
+    assert "stages" not in only["figures"]
+
+
+def test_runs_that_name_each_other_as_their_beginning_do_not_hang(tmp_path):
+    a = made_stage(tmp_path / "a", "dpo", tmp_path / "b")
+    b = made_stage(tmp_path / "b", "dpo", tmp_path / "a")
+    assert "stages" in Page(write_report([a.path, b.path], tmp_path / "out", images=False).page).data["figures"]
+
+
 def test_a_sweep_is_of_runs_that_differ_in_epsilon_alone(tmp_path):
     """Goes red if null in run.json is not read as no clipping, or another difference passes."""
     paths = []

@@ -12,7 +12,7 @@ SECTIONS = {
     "Training": (dynamics.likelihood, dynamics.entropy, drift.drift, dynamics.gradient, dynamics.reference),
     "The trust region": (clip.clip, clip.log_ratios, tokens.clipped_tokens),
     "Scores": (scores.against_entropy, scores.in_domain, scores.out_of_domain, scores.other, scores.alignment_tax),
-    "Comparisons and later stages": (sweep.epsilon_sweep, stages.reinforcement, stages.preference),
+    "Comparisons and later stages": (sweep.epsilon_sweep, stages.reinforcement, stages.preference, stages.whole_way),
 }
 """The order of the page. A builder that returns None has nothing to say, and nothing is missing."""
 

@@ -1,9 +1,16 @@
-"""The stages after fine-tuning: reinforcement learning (paper, figures 4 and 5) and DPO (figure 6)."""
+"""The stages after fine-tuning: reinforcement learning (paper, figures 4 and 5), DPO (figure 6), all on one axis."""
 
 from __future__ import annotations
 
-from psft.reports.charts import Chart, Figure
+import shlex
+
+from psft.reports import series
+from psft.reports.charts import Chart, Figure, Missing
 from psft.reports.figures.common import Inputs, needs_command, steps_chart
+from psft.reports.groups import Group, group_line
+from psft.reports.lineage import model_of, stage_of, start_of, steps_before
+from psft.reports.load import Run
+from psft.reports.series import Points
 
 
 def _of_stage(inputs: Inputs, marker: tuple[str, ...]) -> Inputs:
@@ -56,4 +63,66 @@ def preference(inputs: Inputs) -> Figure:
         if charts
         else needs_command(inputs, "None of these runs is a DPO stage.", "dpo", f"--model_name_or_path {where}"),
         paper="6",
+    )
+
+
+def whole_way(inputs: Inputs) -> Figure | None:
+    """Entropy of each model over all its stages; None where every run is a first stage."""
+    runs = inputs.runs
+    begun = [run for run in runs if start_of(run, runs) is not None]
+    if not begun:
+        later = [run for run in runs if stage_of(run) != "train" and model_of(run)]
+        return _without_start(later, runs) if later else None
+    of_way = {id(run) for run in begun} | {id(start.run) for run in begun if (start := start_of(run, runs)) is not None}
+    groups = [group for group in inputs.groups if any(id(run) in of_way for run in group.runs)]
+
+    def entropy(run: Run) -> Points | None:
+        points = series.of_steps(run, "entropy")
+        return None if points is None else (points[0] + steps_before(run, runs), *points[1:])
+
+    lines = [
+        group_line(
+            group, entropy, inputs.budget, source="metrics.jsonl: entropy", period=series.steps_a_window(group.run)
+        )
+        for group in groups
+    ]
+    drawn = [line for line in lines if line is not None]
+    if not drawn:
+        return None
+    title = "Entropy, each stage where the one before it ended"
+    chart = Chart(title, "optimizer steps of all stages", "nats per token", drawn, marks=_beginnings(groups, runs))
+    return Figure(
+        "stages",
+        "From demonstrations to what follows",
+        "A stage stands to the right of the run whose weights it began with, after as many steps as those had seen. "
+        "Fine-tuning measures entropy on the tokens of demonstrations, GRPO on the model's own answers, DPO on both "
+        "answers of its pairs: within a stage the line is one quantity, at its beginning it may jump for that alone. "
+        "In the paper, what PSFT keeps of entropy is what RL then has to work with.",
+        [chart],
+        paper="4",
+    )
+
+
+def _beginnings(groups: list[Group], runs: list[Run]) -> list[tuple[float, str, int | None]]:
+    found = {
+        (float(steps_before(run, runs)), f"{stage_of(run)} begins", group.style)
+        for group in groups
+        for run in group.runs
+        if start_of(run, runs) is not None
+    }
+    return sorted(found)
+
+
+def _without_start(later: list[Run], runs: list[Run]) -> Figure:
+    models = dict.fromkeys(str(model_of(run)) for run in later)
+    folders = " ".join(shlex.quote(path) for path in (*models, *(run.path for run in runs)))
+    return Figure(
+        "stages",
+        "From demonstrations to what follows",
+        "Entropy of a model over all its stages, one after the other.",
+        missing=Missing(
+            "None of these runs is the one that a later stage began from. If that was a run of psft, report on it too:",
+            f"psft report {folders}",
+        ),
+        paper="4",
     )
