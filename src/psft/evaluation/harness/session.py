@@ -24,21 +24,18 @@ from psft.evaluation.harness.registry import HarnessTask
 from psft.evaluation.harness.settings import HarnessSettings
 from psft.evaluation.harness.task_files import write_task_files
 from psft.evaluation.identity import Model, plain_name
-from psft.evaluation.samples import digest
-from psft.evaluation.session import (
-    SCHEMA,
-    Outcome,
+from psft.evaluation.request import (
     Say,
     check_replaced,
     check_settings,
-    compare_with,
     data_folder,
     default_output,
     find_model,
     other_results,
-    record_rows,
     say_on_stderr,
 )
+from psft.evaluation.samples import digest
+from psft.evaluation.session import SCHEMA, Outcome, compare_with, record_rows
 from psft.evaluation.settings import HowToSample, WhatToEvaluate
 from psft.runs import RunFolder, describe_environment
 
