@@ -10,19 +10,19 @@ import numpy as np
 
 from psft.evaluation.grading import GradeRow
 from psft.evaluation.items import Data
+from psft.evaluation.results_file import TRUNCATED
 from psft.evaluation.samples import SampleRow, digest
 from psft.evaluation.statistics import (
     Estimate,
     bootstrap_interval,
+    independent_mean,
     majority_score,
     mean_over_problems,
     paired_test,
     pass_at_k,
 )
+from psft.evaluation.text_table import aligned, interval, percent, with_error
 from psft.runs import EvalRow
-
-TRUNCATION_WARNING = 0.05
-"""Share of truncated answers above which a score is said to be doubtful."""
 
 
 @dataclass
@@ -190,12 +190,7 @@ def mean_of(results: Sequence[Mapping[str, Any]]) -> Estimate | None:
     entries = [result["accuracy"] for result in results if "accuracy" in result]
     if len(entries) < 2:
         return None
-    value = float(np.mean([entry["value"] for entry in entries]))
-    errors = [entry["stderr"] for entry in entries]
-    if any(error is None for error in errors):
-        return Estimate(value, None, None, None, len(entries))
-    stderr = float(np.sqrt(np.square(errors).sum())) / len(entries)
-    return Estimate(value, stderr, value - 1.96 * stderr, value + 1.96 * stderr, len(entries))
+    return independent_mean([entry["value"] for entry in entries], [entry["stderr"] for entry in entries])
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
@@ -205,12 +200,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     mean = mean_of(results)
     if mean is not None:
         rows.append([f"mean of {mean.n}", "", "", _with_error(asdict(mean)), *[""] * 7])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip())
-    return "\n".join(lines)
+    return aligned(rows)
 
 
 def _cells(result: Mapping[str, Any]) -> list[str]:
@@ -225,11 +215,11 @@ def _cells(result: Mapping[str, Any]) -> list[str]:
         str(result["n"]),
         str(k),
         _with_error(accuracy),
-        "-" if accuracy["low"] is None else f"{_percent(accuracy['low'])} to {_percent(accuracy['high'])}",
-        _percent(best["value"]) if best else "-",
-        _percent(vote["value"]) if vote else "-",
-        _percent(result["truncation_rate"]),
-        _percent(result["no_answer_rate"]) if "no_answer_rate" in result else "-",
+        interval(accuracy["low"], accuracy["high"]),
+        percent(best["value"]) if best else "-",
+        percent(vote["value"]) if vote else "-",
+        percent(result["truncation_rate"]),
+        percent(result["no_answer_rate"]) if "no_answer_rate" in result else "-",
         f"{tokens['mean']:.0f}" if tokens else "-",
         f"{tokens['p95']:.0f}" if tokens else "-",
     ]
@@ -247,7 +237,7 @@ def _remarks(result: Mapping[str, Any]) -> list[str]:
     said = [f"{note}." for note in result["data"]["notes"]]
     if result["missing_samples"]:
         said.append(f"{result['missing_samples']:,} samples are missing; the score is of those there are.")
-    if result.get("truncation_rate", 0) > TRUNCATION_WARNING:
+    if result.get("truncation_rate", 0) > TRUNCATED:
         limit = result["sampling"]["max_tokens"]
         said.append(
             f"{result['truncation_rate']:.0%} of the answers were cut off, at {limit:,} tokens or the model's context; "
@@ -256,8 +246,8 @@ def _remarks(result: Mapping[str, Any]) -> list[str]:
     details = result.get("details", {})
     if {"strict", "psft"} <= set(details) and abs(details["strict"] - details["psft"]) > 1e-12:
         said.append(
-            f"by the lenient rules of the paper's code {_percent(details['psft'])} %, by the strict ones "
-            f"{_percent(details['strict'])} %."
+            f"by the lenient rules of the paper's code {percent(details['psft'])} %, by the strict ones "
+            f"{percent(details['strict'])} %."
         )
     contamination = result.get("contamination")
     if contamination is not None:
@@ -275,9 +265,4 @@ def _remarks(result: Mapping[str, Any]) -> list[str]:
 
 
 def _with_error(entry: Mapping[str, Any]) -> str:
-    error = entry["stderr"]
-    return _percent(entry["value"]) + (f" ± {100 * error:.1f}" if error is not None else "")
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
+    return with_error(entry["value"], entry["stderr"])

@@ -21,6 +21,9 @@ from typing import Any, TypedDict
 from psft.errors import RequestError
 from psft.runs.folder import cut_torn_end, to_json
 
+SAMPLES, GRADES = "samples.jsonl", "grades.jsonl"
+"""The two files of an evaluation's folder."""
+
 
 class SampleRow(TypedDict, total=False):
     """One answer of a model, a line of samples.jsonl."""

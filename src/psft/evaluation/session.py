@@ -11,7 +11,6 @@ kill, a full disk), the same command goes on.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,14 +19,13 @@ from typing import Any
 
 from psft.errors import RequestError, RunFailed
 from psft.evaluation import results
-from psft.evaluation.backends import Backend
 from psft.evaluation.benchmarks import Benchmark, Suite
 from psft.evaluation.contamination import Overlap, find_overlap
-from psft.evaluation.generate import Generated, Plan, generate, make_plan
-from psft.evaluation.grading import Grades, LiveGrading, grader_of, prepare_graders
-from psft.evaluation.identity import Model, plain_name
+from psft.evaluation.generate import Generated, make_plan
+from psft.evaluation.graded import generate_graded, graded_items
+from psft.evaluation.grading import Grades, grader_of, prepare_graders
+from psft.evaluation.identity import Model
 from psft.evaluation.items import Data, find_file, load_data, why_absent
-from psft.evaluation.progress import Progress
 from psft.evaluation.request import (
     Say,
     check_replaced,
@@ -39,14 +37,10 @@ from psft.evaluation.request import (
     other_results,
     say_on_stderr,
 )
-from psft.evaluation.results import ItemScores
-from psft.evaluation.samples import KeyedFile
+from psft.evaluation.results_file import results_path, write_results
+from psft.evaluation.samples import GRADES, SAMPLES, KeyedFile
 from psft.evaluation.settings import HowToSample, WhatToEvaluate
-from psft.runs import EvalRow, RunFolder, describe_environment
-
-SAMPLES, GRADES = "samples.jsonl", "grades.jsonl"
-SCHEMA = 1
-"""Of the results file; rises when a field changes its meaning."""
+from psft.runs import EvalRow, RunFolder
 
 
 @dataclass(frozen=True)
@@ -86,7 +80,7 @@ def evaluate(
     overlap = _overlap(data, what, say)
     backend = make_backend(model, how)
     output = Path(what.output_dir).expanduser() if what.output_dir else default_output(model)
-    path = output / f"{model.name}.{plain_name(suite.name)}.json"
+    path = results_path(output, model.name, suite.name)
     check_replaced(path, model, say)
     started = time.monotonic()
     found: list[dict[str, Any]] = []
@@ -101,8 +95,10 @@ def evaluate(
                 plan = make_plan(part, model=model.identity, numerics=backend.numerics, seed=how.seed)
                 grades = Grades(part, grade_file)
                 if not what.regrade:
-                    made[part.benchmark.name] = _generate(plan, backend, samples, grades)
-                items = _grade(plan, samples, grades)
+                    made[part.benchmark.name] = generate_graded(
+                        plan, backend, samples, grades, title=part.benchmark.shown_name
+                    )
+                items = graded_items(plan, samples, grades)
                 hits = None if overlap is None else overlap.hits[part.benchmark.name]
                 found.append(results.describe(part, items, grader=grader_of(part), hits=hits))
         except KeyboardInterrupt:
@@ -112,24 +108,21 @@ def evaluate(
             backend.close()
     if other is not None:
         compare_with(found, other)
-    content = {
-        "schema": SCHEMA,
-        "model": {
+    content = write_results(
+        path,
+        model={
             "name": model.name, "asked_as": model_name, "identity": model.identity, "step": step,
             "chat_template_sha256": model.chat_template_sha256,
         },
-        "suite": suite.name,
-        "seed": how.seed,
-        "backend": vars(backend.describe()),
-        "written_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "wall_time_s": round(time.monotonic() - started, 1),
-        "samples_made": sum(part.num_made for part in made.values()),
-        "environment": describe_environment(),
-        "contamination_against": _described(overlap, what),
-        "compared_to": None if other is None else other.get("model", {}).get("name"),
-        "benchmarks": found,
-    }  # fmt: skip
-    RunFolder(output).write_json(path.name, content)
+        suite=suite.name,
+        seed=how.seed,
+        backend=backend.describe(),
+        benchmarks=found,
+        started=started,
+        samples_made=sum(part.num_made for part in made.values()),
+        contamination_against=_described(overlap, what),
+        compared_to=None if other is None else other.get("model", {}).get("name"),
+    )  # fmt: skip
     if step is not None:
         whole = [result for result in found if not result["missing_samples"]]
         record_rows(model, what, [row for result in whole for row in results.eval_rows(result, step)], say)
@@ -198,42 +191,6 @@ def _described(overlap: Overlap | None, what: WhatToEvaluate) -> dict[str, Any] 
     if overlap is None:
         return None
     return {"file": Path(str(what.contamination_against)).name, "rows": overlap.num_rows, "kinds": overlap.hits}
-
-
-def _generate(plan: Plan, backend: Backend, samples: KeyedFile, grades: Grades) -> Generated:
-    """Make what is missing, grading along the way; nothing is loaded where all is there."""
-    missing = [request for request in plan.requests if request.key not in samples]
-    if not missing:
-        return Generated()
-    progress = Progress(plan.data.benchmark.shown_name, len(plan.requests), len(plan.requests) - len(missing))
-    for request in plan.requests:
-        grade = grades.find(request.key)
-        if grade is not None:
-            progress.scored(grade["item"], grade["score"])
-    progress.begin()
-    live = LiveGrading(grades, lambda grade: progress.scored(grade["item"], grade["score"]))
-    try:
-        made = generate(plan, backend, samples, progress, live.put)
-    except BaseException:
-        live.stop()
-        raise
-    live.finish()
-    progress.finish()
-    return made
-
-
-def _grade(plan: Plan, samples: KeyedFile, grades: Grades) -> dict[str, ItemScores]:
-    """Every sample of the plan with its grade, by item; what has no grade yet gets one."""
-    keys = [request.key for request in plan.requests if request.key in samples]
-    ungraded = [key for key in keys if grades.key(key) not in grades.file]
-    for _ in grades.add(samples.read(key) for key in ungraded):
-        pass
-    found: dict[str, ItemScores] = {}
-    for key in keys:
-        row, grade = samples.read(key), grades.find(key)
-        assert grade is not None
-        found.setdefault(row["item"], ItemScores()).add(row, grade)
-    return found
 
 
 def compare_with(found: Sequence[dict[str, Any]], other: Mapping[str, Any]) -> None:

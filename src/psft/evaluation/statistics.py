@@ -81,6 +81,25 @@ def _score_interval(mean: float, stderr: float, n: int) -> tuple[float, float]:
     return max(0.0, min(mean, centre - half)), min(1.0, max(mean, centre + half))
 
 
+def independent_mean(values: Sequence[float], stderrs: Sequence[float | None]) -> Estimate:
+    """Mean of measurements that share no item, so that their errors are independent; no error unless all have one.
+
+    The interval is the normal's: each measurement is a mean over many problems by itself.
+
+    Raises:
+        ValueError: no value.
+    """
+    if not len(values):
+        raise ValueError("nothing to average over")
+    n, value = len(values), float(np.mean(values))
+    known = [error for error in stderrs if error is not None]
+    if len(known) < n:
+        return Estimate(value, None, None, None, n)
+    stderr = math.sqrt(sum(error**2 for error in known)) / n
+    half = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2) * stderr
+    return Estimate(value, stderr, value - half, value + half, n)
+
+
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     """Chance that k answers drawn from these without putting back hold a right one: 1 - C(n-c, k) / C(n, k). Unbiased.
 

@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from psft.errors import RequestError, first_line, shown
+from psft.evaluation.results_file import SCHEMA, TRUNCATED
+from psft.runs.folder import EVALUATION
 
-FOLDER = "evaluation"
 MOST_FILES = 500
 MOST_BYTES = 256 << 20
 """A file above is no results file: MMLU-Pro, the largest set, takes 1 MB."""
-TRUNCATED = 0.05
-"""Share of answers cut off above which a score is said to be doubtful; `psft eval` uses the same."""
-_SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -81,8 +79,8 @@ def read_evaluation(path: Path, source: str) -> Evaluation | None:
         raise ValueError(f"{source} is not whole JSON ({shown(first_line(error), 80)}); it is left out.") from error
     if not isinstance(content, dict) or "schema" not in content or not isinstance(content.get("benchmarks"), list):
         return None
-    if content["schema"] != _SCHEMA:
-        raise ValueError(f"{source} has schema {shown(str(content['schema']), 20)}, this psft reads {_SCHEMA}.")
+    if content["schema"] != SCHEMA:
+        raise ValueError(f"{source} has schema {shown(str(content['schema']), 20)}, this psft reads {SCHEMA}.")
     model = _mapping(content.get("model"))
     step = _count(model.get("step"))
     notes: list[str] = []
@@ -102,7 +100,7 @@ def read_evaluation(path: Path, source: str) -> Evaluation | None:
 
 def evaluations_of(run: Path) -> tuple[list[Evaluation], list[str]]:
     """Every results file under RUN/evaluation in order of names, and what could not be read."""
-    folder = run / FOLDER
+    folder = run / EVALUATION
     found, notes = [], []
     paths = sorted(folder.rglob("*.json"))[:MOST_FILES] if folder.is_dir() else []
     for path in paths:

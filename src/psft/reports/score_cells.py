@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from psft.evaluation.statistics import independent_p_value, paired_test
+from psft.evaluation.statistics import independent_mean, independent_p_value, paired_test
 from psft.reports.charts import Missing
 from psft.reports.evaluations import Measurement
 
@@ -157,18 +157,11 @@ def add_means(table: ScoreTable) -> None:
         differences = [cell.difference for cell in cells if cell.difference is not None]
         difference = None
         if len(differences) == len(cells):
-            value, stderr = _mean([d.value for d in differences], [d.stderr for d in differences])
-            p_value = None if stderr is None else independent_p_value(value, stderr)
-            difference = Difference(value, stderr, p_value, "mean", None)
-        value, stderr = _mean([cell.value for cell in cells], [cell.stderr for cell in cells])
-        row.mean = Cell(value, stderr, max(cell.num_runs for cell in cells), difference=difference)
-
-
-def _mean(values: Sequence[float], errors: Sequence[float | None]) -> tuple[float, float | None]:
-    """Mean and its error, those of the benchmarks being independent of each other: they share no item."""
-    known = [error for error in errors if error is not None]
-    stderr = math.sqrt(sum(error**2 for error in known)) / len(values) if len(known) == len(values) else None
-    return float(np.mean(values)), stderr
+            apart = independent_mean([d.value for d in differences], [d.stderr for d in differences])
+            p_value = None if apart.stderr is None else independent_p_value(apart.value, apart.stderr)
+            difference = Difference(apart.value, apart.stderr, p_value, "mean", None)
+        mean = independent_mean([cell.value for cell in cells], [cell.stderr for cell in cells])
+        row.mean = Cell(mean.value, mean.stderr, max(cell.num_runs for cell in cells), difference=difference)
 
 
 def correct(table: ScoreTable) -> None:

@@ -10,7 +10,6 @@ goes on from that checkpoint finishes what was left of it; samples that are ther
 from __future__ import annotations
 
 import contextlib
-import datetime
 import io
 import logging
 import time
@@ -24,15 +23,14 @@ from transformers.trainer_utils import SaveStrategy
 from psft.errors import RequestError
 from psft.evaluation import results
 from psft.evaluation.backends.live import LiveBackend, live_identity
-from psft.evaluation.generate import Plan, generate, make_plan
-from psft.evaluation.grading import Grades, LiveGrading, grader_of, prepare_graders
+from psft.evaluation.generate import Plan, make_plan
+from psft.evaluation.graded import generate_graded, graded_items
+from psft.evaluation.grading import Grades, grader_of, prepare_graders
 from psft.evaluation.identity import plain_name
 from psft.evaluation.in_training import chosen_suite, cost_in_words, load_benchmarks, selection_of
-from psft.evaluation.progress import Progress
-from psft.evaluation.results import ItemScores
-from psft.evaluation.samples import KeyedFile, digest
-from psft.evaluation.session import SCHEMA
-from psft.runs import RunFolder, describe_environment
+from psft.evaluation.results_file import results_path, write_results
+from psft.evaluation.samples import GRADES, SAMPLES, KeyedFile, digest
+from psft.evaluation.text_table import with_error
 from psft.runs.folder import EVALUATION, to_json
 from psft.trainers.best_checkpoint import BestCheckpoint
 from psft.trainers.evaluation import evaluation_model
@@ -164,55 +162,42 @@ class Benchmarks:
         identity = live_identity(
             model, trainer.processing_class, num_ranks=trainer.args.world_size, is_shared=self._is_shared
         )
+        started, num_made = time.monotonic(), 0
         found: list[dict[str, Any]] = []
         with contextlib.ExitStack() as stack:
             files = None
             if trainer.is_world_process_zero():
-                names = ("samples.jsonl", "grades.jsonl")
-                files = [stack.enter_context(KeyedFile(self._folder / name)) for name in names]
+                files = [stack.enter_context(KeyedFile(self._folder / name)) for name in (SAMPLES, GRADES)]
             for part in self.data:
                 plan = self._plan(part, backend, identity)
-                result = self._evaluate_part(plan, backend, files)
+                result, num = self._evaluate_part(plan, backend, files)
                 if backend.was_stopped:
                     return None
                 found.append(self._of_first(result))
+                num_made += num
         if trainer.is_world_process_zero():
-            self._write(found, backend, identity)
+            self._write(found, backend, identity, started, num_made)
         return found
 
-    def _evaluate_part(self, plan: Plan, backend: LiveBackend, files: list[KeyedFile] | None) -> dict[str, Any] | None:
-        """Samples, grades and the result of one benchmark on the first rank; on the others their share of samples."""
+    def _evaluate_part(
+        self, plan: Plan, backend: LiveBackend, files: list[KeyedFile] | None
+    ) -> tuple[dict[str, Any] | None, int]:
+        """Samples, grades, the result of one benchmark and how many samples were made for it, on the first rank; the
+        others make their share of the samples."""
         if files is None:
             for _ in backend.generate(plan.requests, ()):
                 pass
-            return None
+            return None, 0
         samples, grade_file = files
         grades = Grades(plan.data, grade_file)
-        missing = sum(request.key not in samples for request in plan.requests)
         title = f"step {self.trainer.state.global_step}: {plan.data.benchmark.shown_name}"
-        progress = Progress(title, len(plan.requests), len(plan.requests) - missing, stream=_LogLines())
-        if missing:
-            progress.begin()
-            live = LiveGrading(grades, lambda grade: progress.scored(grade["item"], grade["score"]))
-            try:
-                generate(plan, backend, samples, progress, live.put)
-            except BaseException:
-                live.stop()
-                raise
-            (live.stop if backend.was_stopped else live.finish)()
-        else:
-            generate(plan, backend, samples, progress, lambda row: None)  # the others ask what is missing, too
+        made = generate_graded(
+            plan, backend, samples, grades, title=title, stream=_LogLines(), was_stopped=lambda: backend.was_stopped
+        )
         if backend.was_stopped:
-            return None
-        ungraded = [r.key for r in plan.requests if r.key in samples and grades.key(r.key) not in grade_file]
-        for _ in grades.add(samples.read(key) for key in ungraded):
-            pass
-        items: dict[str, ItemScores] = {}
-        for request in plan.requests:
-            grade = grades.find(request.key)
-            assert grade is not None
-            items.setdefault(request.item, ItemScores()).add(samples.read(request.key), grade)
-        return results.describe(plan.data, items, grader=grader_of(plan.data), hits=None)
+            return None, made.num_made
+        items = graded_items(plan, samples, grades)
+        return results.describe(plan.data, items, grader=grader_of(plan.data), hits=None), made.num_made
 
     def _record(self, step: int, found: list[dict[str, Any]]) -> None:
         recorder = self.trainer.recorder
@@ -244,21 +229,22 @@ class Benchmarks:
                 "step %d is the best checkpoint so far: %s %.1f %%", step, self.best.selection.name, 100 * score
             )
 
-    def _write(self, found: list[dict[str, Any]], backend: LiveBackend, identity: str) -> None:
+    def _write(
+        self, found: list[dict[str, Any]], backend: LiveBackend, identity: str, started: float, num_made: int
+    ) -> None:
         """The results file, with the fields of `psft eval`."""
         run = self.trainer.recorder.folder.path
         name = f"{plain_name(run.resolve().name)}-{self._folder.name}"
-        content = {
-            "schema": SCHEMA,
-            "model": {"name": name, "identity": identity, "step": self.trainer.state.global_step},
-            "suite": self.suite.name,
-            "seed": SEED,
-            "backend": vars(backend.describe()),
-            "written_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "environment": describe_environment(),
-            "benchmarks": found,
-        }
-        RunFolder(self._folder).write_json(f"{name}.{plain_name(self.suite.name)}.json", content)
+        write_results(
+            results_path(self._folder, name, self.suite.name),
+            model={"name": name, "identity": identity, "step": self.trainer.state.global_step},
+            suite=self.suite.name,
+            seed=SEED,
+            backend=backend.describe(),
+            benchmarks=found,
+            started=started,
+            samples_made=num_made,
+        )
 
     @property
     def _folder(self) -> Path:
@@ -340,5 +326,4 @@ class _LogLines(io.StringIO):
 
 def _shown(result: dict[str, Any]) -> str:
     entry = result["accuracy"]
-    error = "" if entry["stderr"] is None else f" ± {100 * entry['stderr']:.1f}"
-    return f"{result['title']} {100 * entry['value']:.1f}{error} %"
+    return f"{result['title']} {with_error(entry['value'], entry['stderr'])} %"

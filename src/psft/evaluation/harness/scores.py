@@ -12,6 +12,7 @@ from psft.evaluation.harness.registry import HarnessTask
 from psft.evaluation.results import mean_of
 from psft.evaluation.samples import digest
 from psft.evaluation.statistics import bootstrap_interval, mean_over_problems
+from psft.evaluation.text_table import aligned, interval, with_error
 from psft.runs import EvalRow
 
 _SAME = 1e-9
@@ -148,38 +149,21 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     rows += [_cells(result) for result in results]
     mean = mean_of(results)
     if mean is not None:
-        rows.append([f"mean of {mean.n}", "", "", "", _with_error(mean.value, mean.stderr), "", ""])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            f"{cell:{'<' if i in (0, 3, 6) else '>'}{width}}"
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+        rows.append([f"mean of {mean.n}", "", "", "", with_error(mean.value, mean.stderr), "", ""])
+    return aligned(rows, left=(0, 3, 6))
 
 
 def _cells(result: Mapping[str, Any]) -> list[str]:
     metrics, main = result["harness"]["metrics"], result["grader"]["metric"]
     accuracy = result.get("accuracy")
     own = accuracy or metrics[main]
-    interval = accuracy is not None and accuracy["low"] is not None
-    others = [f"{name} {_with_error(entry['value'], None)}" for name, entry in metrics.items() if name != main]
+    others = [f"{name} {with_error(entry['value'], None)}" for name, entry in metrics.items() if name != main]
     return [
         result["title"],
         f"{result['n']:,}",
         str(result["prompt"]["num_fewshot"]),
         main,
-        _with_error(own["value"], own["stderr"]),
-        f"{_percent(accuracy['low'])} to {_percent(accuracy['high'])}" if accuracy and interval else "-",
+        with_error(own["value"], own["stderr"]),
+        interval(accuracy["low"], accuracy["high"]) if accuracy else "-",
         ", ".join(others),
     ]
-
-
-def _with_error(value: float, error: float | None) -> str:
-    return _percent(value) + (f" ± {100 * error:.1f}" if error is not None else "")
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"

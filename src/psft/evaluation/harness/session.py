@@ -10,7 +10,6 @@ prompt form, and lm-eval's version. A task whose folder has a result is not run 
 
 from __future__ import annotations
 
-import datetime
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from psft.errors import RequestError
+from psft.evaluation.backends import Description
 from psft.evaluation.harness import runner, scores
 from psft.evaluation.harness.data import LocalData, find_file, prepare, why_absent
 from psft.evaluation.harness.registry import HarnessTask
@@ -34,10 +34,11 @@ from psft.evaluation.request import (
     other_results,
     say_on_stderr,
 )
+from psft.evaluation.results_file import results_path, write_results
 from psft.evaluation.samples import digest
-from psft.evaluation.session import SCHEMA, Outcome, compare_with, record_rows
+from psft.evaluation.session import Outcome, compare_with, record_rows
 from psft.evaluation.settings import HowToSample, WhatToEvaluate
-from psft.runs import RunFolder, describe_environment
+from psft.runs import RunFolder
 
 TaskWithData = tuple[HarnessTask, LocalData | None]
 """None: lm-eval fetches the data from the hub."""
@@ -107,41 +108,41 @@ def evaluate_harness(
     prepared = [
         _Prepared(task, data, _identity(task, data, model, arguments, how, settings, version)) for task, data in tasks
     ]
-    path = output / f"{model.name}.{plain_name(suite_name)}.json"
+    path = results_path(output, model.name, suite_name)
     check_replaced(path, model, say)
     started = time.monotonic()
     found, num_run = _run_all(prepared, output / "harness", arguments, how, settings, say)
     if other is not None:
         compare_with(found, other)
-    content = {
-        "schema": SCHEMA,
-        "model": {
+    content = write_results(
+        path,
+        model={
             "name": model.name, "asked_as": model_name, "identity": model.identity, "step": step,
             "chat_template_sha256": model.chat_template_sha256 if settings.apply_chat_template else None,
         },
-        "suite": suite_name,
-        "seed": None,
-        "backend": {
-            "name": f"lm-eval/{arguments.kind}",
-            "settings": {
-                "version": version, **{k: v for k, v in arguments.arguments.items() if k != "pretrained"},
-                "batch_size": arguments.batch_size, "device": arguments.device,
-                "apply_chat_template": settings.apply_chat_template,
-            },
-            "notes": [],
-        },
-        "written_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "wall_time_s": round(time.monotonic() - started, 1),
-        "samples_made": num_run,
-        "environment": describe_environment(),
-        "contamination_against": None,
-        "compared_to": None if other is None else other.get("model", {}).get("name"),
-        "benchmarks": found,
-    }  # fmt: skip
-    RunFolder(output).write_json(path.name, content)
+        suite=suite_name,
+        seed=None,
+        backend=_description(arguments, settings, version),
+        benchmarks=found,
+        started=started,
+        samples_made=num_run,
+        contamination_against=None,
+        compared_to=None if other is None else other.get("model", {}).get("name"),
+    )  # fmt: skip
     if step is not None:
         record_rows(model, what, [row for result in found for row in scores.eval_rows(result, step)], say)
     return Outcome(content, path, None)
+
+
+def _description(arguments: runner.ModelArguments, settings: HarnessSettings, version: str) -> Description:
+    own = {name: value for name, value in arguments.arguments.items() if name != "pretrained"}
+    return Description(
+        f"lm-eval/{arguments.kind}",
+        {
+            "version": version, **own, "batch_size": arguments.batch_size, "device": arguments.device,
+            "apply_chat_template": settings.apply_chat_template,
+        },
+    )  # fmt: skip
 
 
 def _check(what: WhatToEvaluate, how: HowToSample, settings: HarnessSettings) -> None:
