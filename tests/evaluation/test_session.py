@@ -164,7 +164,7 @@ def test_items_in_the_training_data_are_named_and_left_out_of_a_second_score(pla
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--temperature", "0"], "4 greedy samples of an item would be the same; add --k 1"),
+        (["--temperature", "0"], "4 greedy samples of an item would be the same; set --k 1"),
         (["--backend", "hff"], "--backend hff is not known; use hf, vllm, openai, replay"),
         (["--backend", "openai"], "needs --base_url"),
         (["--top_p", "1.5"], "top_p=1.5 must be above 0, at most 1"),

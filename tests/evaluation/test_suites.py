@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from psft.errors import RequestError
-from psft.evaluation.benchmarks import PRESETS, choose, make_suite, packaged_suite, read_suite, suite_names
+from psft.evaluation.benchmarks import PRESETS, make_suite, packaged_suite, read_suite, suite_names
+from psft.evaluation.chosen import choose
 from psft.evaluation.items import OPTION_LETTERS, load_data, read_rows
 
 MATH = [benchmark.name for benchmark in packaged_suite("math").benchmarks]

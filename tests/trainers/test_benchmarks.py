@@ -310,7 +310,7 @@ def test_a_rule_about_a_score_ends_the_run_with_its_checkpoint(start):
         ({"eval_suite": None, "eval_suite_k": 2}, "eval_suite_k has no effect without eval_suite"),
         ({"eval_suite": None, "select_best": "math"}, "select_best has no effect without eval_suite"),
         ({"eval_suite_steps": 0}, "eval_suite_steps=0 must be 1 or more"),
-        ({"eval_suite_k": 4}, "Greedy: 4 greedy samples of an item would be the same. Set eval_suite_k=1"),
+        ({"eval_suite_k": 4}, "Greedy: 4 greedy samples of an item would be the same; set eval_suite_k=1"),
         ({"select_best": "drwn"}, "select_best=drwn is nothing that eval_suite evaluates. Use one of tiny, greedy"),
         ({"select_best": "drawn", "save_strategy": "no"}, "save_strategy=no saves none"),
         ({"select_best": "drawn", "eval_suite_steps": 4}, "eval_suite_steps=4 does not coincide with save_steps=3"),

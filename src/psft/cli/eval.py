@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from psft.errors import RequestError
@@ -44,7 +43,7 @@ def run(argv: list[str]) -> int:
             "--suite is missing. Give math, ood, smoke, alignment-tax, a benchmark such as aime24, or a YAML file."
         )
 
-    from psft.evaluation.benchmarks import choose, read_suite
+    from psft.evaluation.chosen import choose
     from psft.evaluation.harness.registry import choose_tasks, split_names
     from psft.evaluation.harness.scores import table as harness_table
     from psft.evaluation.harness.session import evaluate_harness, load_tasks
@@ -52,8 +51,7 @@ def run(argv: list[str]) -> int:
     from psft.evaluation.session import evaluate
 
     sampled, through_lm_eval = split_names(what.suite)
-    own = {name: read_suite(Path(name).expanduser()) for name in sampled if name.endswith((".yaml", ".yml"))}
-    suite, tasks = choose(sampled, own), choose_tasks(through_lm_eval, what.limit)
+    suite, tasks = choose(sampled), choose_tasks(through_lm_eval, what.limit)
     settings = HarnessSettings(**given[HarnessSettings])
     if not tasks and given[HarnessSettings]:
         names = " and ".join(f"--{name}" for name in given[HarnessSettings])

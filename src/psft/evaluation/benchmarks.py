@@ -33,6 +33,8 @@ GOLD_OF_CHOICE = ("gold_letter", "gold_label", "gold_index", "gold_flags")
 gold_letter: A, B, ...; gold_label: one of `option_labels`; gold_index: counts from 0, or the word `first`; gold_flags:
 a list with a 1 (or true) at the right one.
 """
+_REGISTRIES = ("math", "ood")
+"""Suites whose benchmarks are found by name alone."""
 _OPTIONAL_FIELDS = frozenset({"id", "option_labels", *GOLD_OF_CHOICE})
 
 
@@ -135,7 +137,7 @@ def packaged_suite(name: str) -> Suite:
         RequestError: there is none of that name.
     """
     if name not in suite_names():
-        raise RequestError(f"no suite named {shown(name)}.{_did_you_mean(name, suite_names())}")
+        raise RequestError(f"no suite named {shown(name)}.{did_you_mean(name, suite_names())}")
     import yaml
 
     text = files("psft.evaluation.suites").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
@@ -162,12 +164,17 @@ def read_suite(path: Path) -> Suite:
 def registered_benchmark(name: str) -> Benchmark | None:
     """`math/aime24`, or `aime24` of whichever suite has it first; None: no such."""
     suite, slash, own = name.rpartition("/")
-    for place in [suite] if slash else ["math", "ood"]:
+    for place in [suite] if slash else _REGISTRIES:
         if place in suite_names():
             for benchmark in packaged_suite(place).benchmarks:
                 if benchmark.name == own:
                     return benchmark
     return None
+
+
+def registered_names() -> list[str]:
+    """`math/aime24` and so on, of every benchmark that is found by its name alone, too."""
+    return [f"{suite}/{benchmark.name}" for suite in _REGISTRIES for benchmark in packaged_suite(suite).benchmarks]
 
 
 def make_suite(name: str, content: Any, *, where: str, folder: Path | None = None) -> Suite:
@@ -182,7 +189,7 @@ def make_suite(name: str, content: Any, *, where: str, folder: Path | None = Non
     if not isinstance(content, Mapping) or not isinstance(content.get("benchmarks"), Mapping):
         raise RequestError(f"{where}: a suite needs `benchmarks:`, a mapping of names to settings. Add it.")
     for key in set(content) - {"benchmarks", "defaults"}:
-        problems.append(f"unknown key {shown(key, 40)!r}.{_did_you_mean(str(key), ['benchmarks', 'defaults'])}")
+        problems.append(f"unknown key {shown(key, 40)!r}.{did_you_mean(str(key), ['benchmarks', 'defaults'])}")
     defaults = content.get("defaults") or {}
     if not isinstance(defaults, Mapping):
         problems.append("`defaults` must be a mapping")
@@ -211,13 +218,13 @@ def _make_benchmark(
         wanted = str(settings.pop("use"))
         base = registered_benchmark(wanted)
         if base is None:
-            known = [f"{s}/{b.name}" for s in ("math", "ood") for b in packaged_suite(s).benchmarks]
-            problems.append(f"{name}: no registered benchmark {shown(wanted, 40)!r}.{_did_you_mean(wanted, known)}")
+            known = did_you_mean(wanted, registered_names())
+            problems.append(f"{name}: no registered benchmark {shown(wanted, 40)!r}.{known}")
             return None
     known_keys = [f.name for f in fields(Benchmark) if f.name not in ("name", "folder")]
     for key in settings:
         if key not in known_keys:
-            problems.append(f"{name}: unknown key {shown(key, 40)!r}.{_did_you_mean(str(key), known_keys)}")
+            problems.append(f"{name}: unknown key {shown(key, 40)!r}.{did_you_mean(str(key), known_keys)}")
     if len(problems) > before:
         return None
     values = {key: _convert(name, key, value, problems) for key, value in settings.items()}
@@ -265,12 +272,12 @@ def _sampling(name: str, value: Any, problems: list[str]) -> Sampling:
         return PRESETS["paper"]
     preset = str(settings.pop("preset", "paper"))
     if preset not in PRESETS:
-        problems.append(f"{name}: no sampling preset {preset!r}.{_did_you_mean(preset, list(PRESETS))}")
+        problems.append(f"{name}: no sampling preset {preset!r}.{did_you_mean(preset, list(PRESETS))}")
         return PRESETS["paper"]
     known = [f.name for f in fields(Sampling)]
     for key, item in settings.items():
         if key not in known:
-            problems.append(f"{name}: sampling has no {shown(key, 40)!r}.{_did_you_mean(str(key), known)}")
+            problems.append(f"{name}: sampling has no {shown(key, 40)!r}.{did_you_mean(str(key), known)}")
         elif isinstance(item, bool) or not isinstance(item, int | float):
             problems.append(f"{name}: sampling {key} is {shown(repr(item), 40)}, not a number")
         elif key in ("top_k", "max_tokens") and not isinstance(item, int):
@@ -284,11 +291,11 @@ def _problems(made: Benchmark) -> list[str]:
     """What contradicts itself in a benchmark whose values have the right types."""
     found = list(made.sampling.problems())
     if made.kind not in KINDS:
-        return [*found, f"unknown kind {made.kind!r}.{_did_you_mean(made.kind, list(KINDS))}"]
+        return [*found, f"unknown kind {made.kind!r}.{did_you_mean(made.kind, list(KINDS))}"]
     for mapping in (made.fields, (made.hub.fields if made.hub else None) or made.fields):
         known = KINDS[made.kind] | _OPTIONAL_FIELDS
         found += [
-            f"fields has no {shown(key, 40)!r}.{_did_you_mean(key, sorted(known))}" for key in set(mapping) - known
+            f"fields has no {shown(key, 40)!r}.{did_you_mean(key, sorted(known))}" for key in set(mapping) - known
         ]
         found += [f"fields lacks {key!r}" for key in sorted(KINDS[made.kind] - set(mapping))]
         golds = [key for key in GOLD_OF_CHOICE if key in mapping]
@@ -307,36 +314,7 @@ def _problems(made: Benchmark) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def choose(names: Sequence[str], own: Mapping[str, Suite] | None = None) -> Suite:
-    """Benchmarks of several suites, or single ones by name, as one suite.
-
-    Args:
-        names: of suites or benchmarks. own: suites read from files, by the name they are asked for.
-    Raises:
-        RequestError: an unknown name, or two benchmarks of one name.
-    """
-    chosen: list[Benchmark] = []
-    for name in names:
-        if own and name in own:
-            chosen += own[name].benchmarks
-        elif name in suite_names():
-            chosen += packaged_suite(name).benchmarks
-        else:
-            single = registered_benchmark(name)
-            if single is None:
-                known = [*suite_names(), *(b.name for s in ("math", "ood") for b in packaged_suite(s).benchmarks)]
-                raise RequestError(
-                    f"no suite, benchmark or file named {shown(name)}.{_did_you_mean(name, known)} "
-                    f"Suites: {', '.join(suite_names())}, or a YAML file of your own."
-                )
-            chosen.append(single)
-    twice = sorted({b.name for b in chosen if sum(c.name == b.name for c in chosen) > 1})
-    if twice:
-        raise RequestError(f"benchmark {', '.join(twice)} is asked for twice. Name it once.")
-    label = "+".join(own[name].name if own and name in own else name.replace("/", "-") for name in names)
-    return Suite(label, tuple(chosen))
-
-
-def _did_you_mean(name: str, known: Sequence[str]) -> str:
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """` Did you mean X?`, or all that is known where nothing is near."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" Did you mean {close[0]}?" if close else f" Known: {', '.join(known)}."

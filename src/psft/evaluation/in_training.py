@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
 from psft.config import BenchmarkFields
 from psft.errors import RequestError, shown
-from psft.evaluation.benchmarks import Benchmark, Suite, choose, read_suite
-from psft.evaluation.items import Data, find_file, load_data, why_absent
+from psft.evaluation.benchmarks import Suite
+from psft.evaluation.chosen import adjusted, choose, contradictions
+from psft.evaluation.items import Data
+from psft.evaluation.local_data import data_folder, load_all
 
 PREFIX = "eval_suite_"
 MEAN = "mean"
@@ -57,13 +57,7 @@ def problems_of(settings: BenchmarkFields) -> list[str]:
         selection_of(settings, suite)
     except RequestError as error:
         return [*found, str(error).rstrip(".")]
-    for benchmark in suite.benchmarks:
-        found += [f"{benchmark.shown_name}: {problem}" for problem in benchmark.sampling.problems()]
-        if benchmark.sampling.temperature == 0 and benchmark.k > 1:
-            found.append(
-                f"{benchmark.shown_name}: {benchmark.k} greedy samples of an item would be the same. Set {PREFIX}k=1"
-            )
-    return found
+    return found + contradictions(suite, one_sample=f"{PREFIX}k=1")
 
 
 def chosen_suite(settings: BenchmarkFields) -> Suite:
@@ -72,24 +66,10 @@ def chosen_suite(settings: BenchmarkFields) -> Suite:
     Raises:
         RequestError: an unknown name, two benchmarks of one name, or a file that is no suite.
     """
-    suite = _choose(settings.eval_suite or [])
-    changes = {"k": settings.eval_suite_k, "limit": settings.eval_suite_limit}
-    sampling = {"temperature": settings.eval_suite_temperature, "max_tokens": settings.eval_suite_max_new_tokens}
-    return replace(suite, benchmarks=tuple(_changed(benchmark, changes, sampling) for benchmark in suite.benchmarks))
-
-
-def _choose(names: Sequence[str]) -> Suite:
-    own = {name: read_suite(Path(name).expanduser()) for name in names if name.endswith((".yaml", ".yml"))}
-    return choose(names, own)
-
-
-def _changed(benchmark: Benchmark, changes: Mapping[str, Any], sampling: Mapping[str, Any]) -> Benchmark:
-    given = {name: value for name, value in sampling.items() if value is not None}
-    return replace(
-        benchmark,
-        sampling=replace(benchmark.sampling, **given),
-        **{name: value for name, value in changes.items() if value is not None},
-    )
+    return adjusted(
+        choose(settings.eval_suite or []), k=settings.eval_suite_k, limit=settings.eval_suite_limit,
+        temperature=settings.eval_suite_temperature, max_tokens=settings.eval_suite_max_new_tokens,
+    )  # fmt: skip
 
 
 def selection_of(settings: BenchmarkFields, suite: Suite) -> Selection | None:
@@ -106,9 +86,9 @@ def selection_of(settings: BenchmarkFields, suite: Suite) -> Selection | None:
         return Selection(MEAN, tuple(names))
     if wanted in names:
         return Selection(wanted, (wanted,))
-    suites = {_choose([name]).name: name for name in settings.eval_suite or []}
+    suites = {choose([name]).name: name for name in settings.eval_suite or []}
     if wanted in suites:
-        return Selection(wanted, tuple(benchmark.name for benchmark in _choose([suites[wanted]]).benchmarks))
+        return Selection(wanted, tuple(benchmark.name for benchmark in choose([suites[wanted]]).benchmarks))
     known = ", ".join(dict.fromkeys([*suites, *names, MEAN]))
     raise RequestError(f"select_best={shown(wanted, 60)} is nothing that eval_suite evaluates. Use one of {known}.")
 
@@ -119,17 +99,8 @@ def load_benchmarks(settings: BenchmarkFields) -> list[Data]:
     Raises:
         RequestError: the data of some are absent (all are named, with how to get them), or not as they should be.
     """
-    suite = chosen_suite(settings)
-    named = settings.eval_suite_data_dir or os.environ.get("PSFT_DATA_DIR")
-    data_dir = Path(named).expanduser() if named else None
-    if data_dir is not None and not data_dir.is_dir():
-        raise RequestError(f"{PREFIX}data_dir={data_dir} is no folder. Give the one that holds the benchmark files.")
-    is_fetching = settings.eval_suite_download
-    absent = [
-        why_absent(benchmark, data_dir, prefix=f"--{PREFIX}")
-        for benchmark in suite.benchmarks
-        if find_file(benchmark, data_dir) is None and not (is_fetching and benchmark.hub is not None)
-    ]
-    if absent:
-        raise RequestError("benchmarks of eval_suite are not here:\n" + "\n".join(f"  - {line}" for line in absent))
-    return [load_data(benchmark, data_dir, download=is_fetching) for benchmark in suite.benchmarks]
+    data_dir = data_folder(settings.eval_suite_data_dir, setting=f"{PREFIX}data_dir=")
+    return load_all(
+        chosen_suite(settings), data_dir, download=settings.eval_suite_download, prefix=f"--{PREFIX}",
+        title="benchmarks of eval_suite are not here",
+    )  # fmt: skip

@@ -121,19 +121,6 @@ def make_backend(model: Model, how: HowToSample) -> Backend:
     )  # fmt: skip
 
 
-def data_folder(what: WhatToEvaluate) -> Path | None:
-    """The folder with the benchmark files, if one is named.
-
-    Raises:
-        RequestError: it is none.
-    """
-    named = what.data_dir or os.environ.get("PSFT_DATA_DIR")
-    data_dir = Path(named).expanduser() if named else None
-    if data_dir is not None and not data_dir.is_dir():
-        raise RequestError(f"--data_dir {data_dir} is no folder. Give the one that holds the benchmark files.")
-    return data_dir
-
-
 def default_output(model: Model) -> Path:
     """Where results of a model go if nobody says otherwise."""
     if model.run is None or model.folder is None:

@@ -13,24 +13,25 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from psft.errors import RequestError, RunFailed
 from psft.evaluation import results
-from psft.evaluation.benchmarks import Benchmark, Suite
+from psft.evaluation.benchmarks import Suite
+from psft.evaluation.chosen import adjusted, contradictions
 from psft.evaluation.contamination import Overlap, find_overlap
 from psft.evaluation.generate import Generated, make_plan
 from psft.evaluation.graded import generate_graded, graded_items
 from psft.evaluation.grading import Grades, grader_of, prepare_graders
 from psft.evaluation.identity import Model
-from psft.evaluation.items import Data, find_file, load_data, why_absent
+from psft.evaluation.items import Data
+from psft.evaluation.local_data import data_folder, load_all
 from psft.evaluation.request import (
     Say,
     check_replaced,
     check_settings,
-    data_folder,
     default_output,
     find_model,
     make_backend,
@@ -72,7 +73,10 @@ def evaluate(
     say = say or say_on_stderr
     suite = _adjusted(suite, what, how)
     check_settings(what, how)
-    data = _load_all(suite, what, say)
+    data = load_all(
+        suite, data_folder(what.data_dir, setting="--data_dir "), download=what.download, any_rows=what.any_rows,
+        skip_missing=what.skip_missing, say=say,
+    )  # fmt: skip
     prepare_graders(data)
     other = other_results(what)
     model = find_model(model_name, how)
@@ -131,53 +135,16 @@ def evaluate(
 
 def _adjusted(suite: Suite, what: WhatToEvaluate, how: HowToSample) -> Suite:
     """The suite with what the command line says instead."""
-    changes: dict[str, Any] = {"k": what.k, "limit": what.limit}
-    sampling: dict[str, Any] = {
-        "temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k, "max_tokens": how.max_new_tokens,
-    }  # fmt: skip
-    given = {name: value for name, value in sampling.items() if value is not None}
-    made = tuple(
-        replace(
-            benchmark,
-            sampling=replace(benchmark.sampling, **given),
-            **{name: value for name, value in changes.items() if value is not None},
-        )
-        for benchmark in suite.benchmarks
-    )
-    problems = [problem for benchmark in made for problem in _contradictions(benchmark)]
+    if any(number is not None and number < 1 for number in (what.k, what.limit)):
+        raise RequestError("--k and --limit must be 1 or more.")
+    made = adjusted(
+        suite, k=what.k, limit=what.limit, temperature=how.temperature, top_p=how.top_p, top_k=how.top_k,
+        max_tokens=how.max_new_tokens,
+    )  # fmt: skip
+    problems = contradictions(made, one_sample="--k 1")
     if problems:
-        raise RequestError("; ".join(dict.fromkeys(problems)) + ".")
-    return replace(suite, benchmarks=made)
-
-
-def _contradictions(benchmark: Benchmark) -> list[str]:
-    found = list(benchmark.sampling.problems())
-    if benchmark.k < 1 or (benchmark.limit is not None and benchmark.limit < 1):
-        found.append("--k and --limit must be 1 or more")
-    if benchmark.sampling.temperature == 0 and benchmark.k > 1:
-        found.append(f"{benchmark.shown_name}: {benchmark.k} greedy samples of an item would be the same; add --k 1")
-    return found
-
-
-def _load_all(suite: Suite, what: WhatToEvaluate, say: Say) -> list[Data]:
-    """The data of every benchmark; those that are absent are named together."""
-    data_dir = data_folder(what)
-    here = [benchmark for benchmark in suite.benchmarks if find_file(benchmark, data_dir) is not None]
-    fetched = [b for b in suite.benchmarks if what.download and b not in here and b.hub is not None]
-    absent = [benchmark for benchmark in suite.benchmarks if benchmark not in here and benchmark not in fetched]
-    words = [why_absent(benchmark, data_dir) for benchmark in absent]
-    if absent and (not what.skip_missing or len(absent) == len(suite.benchmarks)):
-        advice = "" if len(absent) == len(suite.benchmarks) else "\nAdd --skip_missing to go on without."
-        raise RequestError("not here:\n" + "\n".join(f"  - {line}" for line in words) + advice)
-    for line in words:
-        say(f"left out: {line}")
-    for benchmark in fetched:
-        say(f"fetching {benchmark.shown_name} from the hub: {benchmark.hub.id if benchmark.hub else ''}")
-    return [
-        load_data(benchmark, data_dir, download=what.download, any_rows=what.any_rows)
-        for benchmark in suite.benchmarks
-        if benchmark not in absent
-    ]
+        raise RequestError("; ".join(problems) + ".")
+    return made
 
 
 def _overlap(data: Sequence[Data], what: WhatToEvaluate, say: Say) -> Overlap | None:

@@ -24,11 +24,11 @@ from psft.evaluation.harness.registry import HarnessTask
 from psft.evaluation.harness.settings import HarnessSettings
 from psft.evaluation.harness.task_files import write_task_files
 from psft.evaluation.identity import Model, plain_name
+from psft.evaluation.local_data import data_folder, leave_out
 from psft.evaluation.request import (
     Say,
     check_replaced,
     check_settings,
-    data_folder,
     default_output,
     find_model,
     other_results,
@@ -171,15 +171,11 @@ def _check(what: WhatToEvaluate, how: HowToSample, settings: HarnessSettings) ->
 
 def _load_all(tasks: Sequence[HarnessTask], what: WhatToEvaluate, say: Say) -> list[TaskWithData]:
     """The local data of every task, None where lm-eval shall fetch them; those absent are named together."""
-    data_dir = data_folder(what)
+    data_dir = data_folder(what.data_dir, setting="--data_dir ")
     paths = {task.task: find_file(task, data_dir) for task in tasks}
     absent = [task for task in tasks if paths[task.task] is None and not what.download]
     words = [why_absent(task, data_dir) for task in absent]
-    if absent and (not what.skip_missing or len(absent) == len(tasks)):
-        advice = "" if len(absent) == len(tasks) else "\nAdd --skip_missing to go on without."
-        raise RequestError("not here:\n" + "\n".join(f"  - {line}" for line in words) + advice)
-    for line in words:
-        say(f"left out: {line}")
+    leave_out(words, len(tasks), skip_missing=what.skip_missing, say=say)
     found: list[TaskWithData] = []
     for task in tasks:
         path = paths[task.task]
