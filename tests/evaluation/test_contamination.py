@@ -30,7 +30,7 @@ def data(*questions: str, name: str = "b") -> Data:
 def hits(tmp_path, rows, *questions):
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return find_overlap([data(*questions)], path).hits["b"]
+    return find_overlap([data(*questions)], str(path)).hits["b"]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_the_strongest_kind_is_named_and_every_benchmark_gets_its_own(tmp_path):
     """Goes red if a later, weaker hit replaces a stronger one, or one benchmark's hits are the other's."""
     rows = [{"text": f"x {LONG}"}, {"text": LONG}, {"text": f"y {LONG}"}]
     (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in rows).encode()))
-    found = find_overlap([data(LONG), data(SHORT, LONG, name="c")], tmp_path / "train.jsonl.gz")
+    found = find_overlap([data(LONG), data(SHORT, LONG, name="c")], str(tmp_path / "train.jsonl.gz"))
     assert found.hits == {"b": {"q0": "exact"}, "c": {"q1": "exact"}} and found.num_rows == 3
 
 
@@ -82,10 +82,29 @@ def test_thirteen_words_are_found_exactly_where_they_stand(text):
         assert ("13-gram" in kinds) == any(f" {run} " in joined for run in runs)
 
 
-def test_a_training_file_that_is_none_is_named(tmp_path):
-    """Goes red if a broken line ends in a traceback, or is passed over."""
-    (tmp_path / "train.jsonl").write_bytes(b'{"a": "b"}\n{"a": "\xff"}\n')
-    with pytest.raises(RequestError, match=r"train\.jsonl:2: not valid JSON"):
-        find_overlap([data(LONG)], tmp_path / "train.jsonl")
-    with pytest.raises(RequestError, match="none.jsonl cannot be read"):
-        find_overlap([data(LONG)], tmp_path / "none.jsonl")
+def test_every_source_that_can_be_trained_on_can_be_looked_through(tmp_path):
+    """The question of a generated demonstration, a saved folder, CSV. Goes red if files of one kind alone are read."""
+    from datasets import Dataset
+
+    from psft.data.sources import read_rows as rows_of
+
+    generated = "reasoning-gym:gsm_symbolic?size=5&seed=3"
+    question = [row.value for row in rows_of(generated)][4]["messages"][0]["content"]
+    assert find_overlap([data(question, LONG)], generated).hits == {"b": {"q0": "exact"}}
+    Dataset.from_list([{"prompt": LONG, "completion": "16"}]).save_to_disk(tmp_path / "saved")
+    assert find_overlap([data(LONG)], str(tmp_path / "saved")).hits == {"b": {"q0": "exact"}}
+    (tmp_path / "train.csv").write_text(f'prompt,completion\n"{LONG}",16\n')
+    assert find_overlap([data(LONG)], str(tmp_path / "train.csv")).hits == {"b": {"q0": "exact"}}
+
+
+def test_rows_that_cannot_be_read_are_left_out_and_counted(tmp_path):
+    """Goes red if a broken line ends it, is passed over in silence, or data of which nothing is readable pass."""
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b'{"a": "b"}\n{"a": "\xff"}\n' + json.dumps({"text": LONG}).encode() + b"\n")
+    found = find_overlap([data(LONG)], str(path))
+    assert (found.hits, found.num_rows, found.num_unreadable) == ({"b": {"q0": "exact"}}, 2, 1)
+    path.write_bytes(b'{"a": "\xff"}\n')
+    with pytest.raises(RequestError, match=r"none of the 1 rows of .*train\.jsonl can be read"):
+        find_overlap([data(LONG)], str(path))
+    with pytest.raises(RequestError, match="none.jsonl does not exist"):
+        find_overlap([data(LONG)], str(tmp_path / "none.jsonl"))

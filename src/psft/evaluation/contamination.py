@@ -17,12 +17,13 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from psft.evaluation.items import Data, read_rows
+from psft.data.sources import read_rows
+from psft.errors import RequestError, shown
+from psft.evaluation.items import Data
 
 NUM_WORDS = 13
 LEAST_WORDS = 8
@@ -36,10 +37,12 @@ Place = tuple[str, str]
 
 @dataclass
 class Overlap:
-    """hits: benchmark -> item -> the strongest kind of overlap. num_rows: training rows read."""
+    """hits: benchmark -> item -> the strongest kind of overlap. num_rows: training rows looked at. num_unreadable: rows
+    that could not be read and were left out; nothing is known of them."""
 
     hits: dict[str, dict[str, str]] = field(default_factory=dict)
     num_rows: int = 0
+    num_unreadable: int = 0
 
 
 def words(text: str) -> list[str]:
@@ -47,11 +50,13 @@ def words(text: str) -> list[str]:
     return re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold())
 
 
-def find_overlap(data: Iterable[Data], training_file: Path) -> Overlap:
-    """Look for every item's question in every text of a training file (kinds: `psft.evaluation.items.read_rows`).
+def find_overlap(data: Iterable[Data], source: str) -> Overlap:
+    """Look for every item's question in every text of the training data.
 
+    Args:
+        source: what `--dataset` of psft train takes (`psft.data.sources.read_rows`).
     Raises:
-        RequestError: the file cannot be read.
+        RequestError: the source cannot be read, or none of its rows can.
     """
     sets = list(data)
     index = _Index()
@@ -60,13 +65,18 @@ def find_overlap(data: Iterable[Data], training_file: Path) -> Overlap:
             index.add((part.benchmark.name, item.id), item.question)
     index.close()
     found = Overlap({part.benchmark.name: {} for part in sets})
-    for row in read_rows(training_file):
+    for row in read_rows(source):
+        if row.problem is not None:
+            found.num_unreadable += 1
+            continue
         found.num_rows += 1
-        for text in _texts(row):
+        for text in _texts(row.value):
             for (benchmark, name), kind in index.look_up(text):
                 before = found.hits[benchmark].get(name)
                 if before is None or _KINDS.index(kind) < _KINDS.index(before):
                     found.hits[benchmark][name] = kind
+    if not found.num_rows:
+        raise RequestError(f"none of the {found.num_unreadable:,} rows of {shown(source)} can be read. Correct it.")
     return found
 
 

@@ -151,13 +151,20 @@ def _overlap(data: Sequence[Data], what: WhatToEvaluate, say: Say) -> Overlap | 
     if what.contamination_against is None:
         return None
     say(f"looking for the test items in {what.contamination_against}")
-    return find_overlap(data, Path(what.contamination_against).expanduser())
+    found = find_overlap(data, what.contamination_against)
+    if found.num_unreadable:
+        say(f"{found.num_unreadable:,} of its rows cannot be read and were not looked at")
+    return found
 
 
 def _described(overlap: Overlap | None, what: WhatToEvaluate) -> dict[str, Any] | None:
     if overlap is None:
         return None
-    return {"file": Path(str(what.contamination_against)).name, "rows": overlap.num_rows, "kinds": overlap.hits}
+    source = str(what.contamination_against)
+    return {
+        "file": Path(source).name if Path(source).expanduser().exists() else source,
+        "rows": overlap.num_rows, "unreadable_rows": overlap.num_unreadable, "kinds": overlap.hits,
+    }  # fmt: skip
 
 
 def compare_with(found: Sequence[dict[str, Any]], other: Mapping[str, Any]) -> None:

@@ -34,7 +34,8 @@ class WhatToEvaluate:
     )
     regrade: bool = _option(False, "Grade the samples that are there again, generate nothing.")
     contamination_against: str | None = _option(
-        None, "Training file whose texts each test item is looked for in; scores with and without the hits."
+        None,
+        "Training data, as --dataset of psft train, in which each test item is looked for; scores without the hits.",
     )
     compare_to: str | None = _option(None, "Results file of another model: paired test on the items both answered.")
     run_dir: str | None = _option(None, "Run folder whose eval.jsonl gets the scores, if not the model's own.")

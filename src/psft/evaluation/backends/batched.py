@@ -7,6 +7,7 @@ padding, whatever was done before and however many processes share the work.
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from psft.evaluation.backends.sampling import RowSampler
 from psft.ops.precision import exact_small_products
 
 
-class BatchedBackend:
+class BatchedBackend(ABC):
     """Batches over all requests, prompts in ids, answers read: what every model on this machine has in common.
 
     Who has the model sets the tokenizer, the ends (token ids that end an answer) and the context (tokens that a prompt
@@ -53,9 +54,9 @@ class BatchedBackend:
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         return [rows for rows in batches if any(requests[i].key not in done for i in rows)]
 
+    @abstractmethod
     def _made(self, ids: Tensor, mask: Tensor, sampler: RowSampler, limit: int) -> Tensor:
         """(B, T) at most `limit` new tokens a row; after a row's end token anything."""
-        raise NotImplementedError
 
     def _prompts(self, requests: Sequence[Request]) -> list[list[int]]:
         """Token ids of each request's prompt; a prompt that several share is rendered once."""
