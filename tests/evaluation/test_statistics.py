@@ -8,6 +8,7 @@ import pytest
 
 from psft.evaluation.statistics import (
     bootstrap_interval,
+    independent_mean,
     majority_score,
     mean_over_problems,
     paired_test,
@@ -122,3 +123,13 @@ def test_equal_models_do_not_differ():
     """Goes red if 0 of 0 unequal problems divides."""
     found = paired_test([0.5, 1.0], [0.5, 1.0])
     assert (found.difference, found.p_value, found.stderr) == (0, 1, 0)
+
+
+def test_a_mean_of_benchmarks_has_the_error_of_independent_ones():
+    """By hand: sqrt(0.03^2 + 0.04^2) / 2 = 0.025. Goes red if errors are averaged, or a missing one counts as none."""
+    found = independent_mean([0.2, 0.6], [0.03, 0.04])
+    assert (found.value, found.n) == (pytest.approx(0.4), 2) and found.stderr == pytest.approx(0.025)
+    assert (found.low, found.high) == (pytest.approx(0.4 - 1.96 * 0.025, abs=1e-5), pytest.approx(0.449, abs=1e-5))
+    assert independent_mean([-0.2, 0.6], [0.03, None]).stderr is None
+    with pytest.raises(ValueError):
+        independent_mean([], [])
