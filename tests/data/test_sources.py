@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from psft.data import Prepared, prepare_dataset, render_example
-from psft.data import sources as sources_module
+from psft.data import files as files_module
 from psft.data.rows import Rejection, Row, RowRejected
 from psft.data.sources import read_rows
 from psft.data.validate import MAX_MESSAGES
@@ -201,7 +201,7 @@ def test_a_record_with_broken_quotes_is_rejected_alone(read):
 
 def test_a_line_without_end_does_not_fill_the_memory(read, monkeypatch):
     """Goes red without the limit: a gzip of a few kilobytes unpacks to gigabytes."""
-    monkeypatch.setattr(sources_module, "_LINE_LIMIT", 1 << 20)
+    monkeypatch.setattr(files_module, "_LINE_LIMIT", 1 << 20)
     with pytest.raises(RequestError, match=r"a\.jsonl\.gz:2: the line is longer than 1 MiB"):
         read("a.jsonl.gz", gzip.compress(lines(GOOD) + b" " * (1 << 21)))
 

@@ -190,7 +190,7 @@ def _look_at_data(data: Any, model: Any, settings: Any) -> _Data:
 
 def _is_local(source: str) -> bool:
     """Whether `source` needs no network. A path that is missing counts: reading it says so."""
-    from psft.data.sources import FILE_SUFFIXES
+    from psft.data.files import FILE_SUFFIXES
 
     looks_like_path = source.startswith((".", "/", "~")) or source.lower().endswith(FILE_SUFFIXES)
     return source.startswith("reasoning-gym:") or looks_like_path or Path(source).expanduser().exists()
