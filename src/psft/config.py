@@ -77,6 +77,13 @@ class LaunchArguments:
 
 
 @dataclass(kw_only=True)
+class PlanArguments:
+    """What is planned."""
+
+    stage: str = _setting("train", "The command that is planned: train or dpo. A recipe says it by itself.")
+
+
+@dataclass(kw_only=True)
 class ObjectiveFields:
     """Settings of the objectives. None = the objective's own default; one it does not take is refused."""
 
@@ -140,7 +147,56 @@ class BenchmarkFields:
 
 
 @dataclass(kw_only=True)
-class PSFTFields(ObjectiveFields, BenchmarkFields):
+class RunFields:
+    """Any run: the retention probe, rules, resuming, and what is done about faults."""
+
+    probe_every: int = _setting(
+        50, "Optimizer steps between measurements of the retention probe, besides the first and the last; 0 = no probe."
+    )
+    probe_prompts: str | None = _setting(
+        None, "File with prompts of your own for the retention probe: rows with prompt or messages, and kind."
+    )
+    probe_max_new_tokens: int = _setting(48, "Longest answer of the base model to a probe prompt, in tokens.")
+    drift_budget: float | None = _setting(
+        0.1, "Say so once the retention probe has drifted by more than this, in nats per token, beyond its error."
+    )
+    stop_when: list[str] | None = _setting(
+        None, "Rules that end the run with a checkpoint, as METRIC>NUMBER or METRIC<NUMBER [for N]: drift>0.05."
+    )
+    save_when: list[str] | None = _setting(None, "Rules, written alike, that save a checkpoint and go on.")
+    force_pure_bf16: bool = _setting(False, "Allow bfloat16 weights although updates at lr 1e-6 vanish in them.")
+    resume: bool = _setting(
+        False, "Go on with the run in output_dir from its newest complete checkpoint; begin it if there is none."
+    )
+    allow_changed: list[str] | None = _setting(
+        None,
+        "What may differ from the checkpoint a run is resumed from: data, objective, batch_sizes, world_size, seed. "
+        "psft train then goes on at the next window boundary, the stages after it at the next step.",
+    )
+    deterministic: bool | None = _setting(
+        None, "Use only kernels that give the same bits every time. Default: on a CPU, where it costs nothing."
+    )
+    num_threads: int | str | None = _setting(
+        None,
+        "Threads of one process on the CPU: a number, or auto: its physical cores, or OMP_NUM_THREADS. Default: auto "
+        "on the command line; from Python the process is left as it is.",
+    )
+    matmul_precision: str | None = _setting(
+        None,
+        "float32 products: highest, high, medium as torch names them, or auto: the fastest that is exact, on a CPU. "
+        "Default: auto on the command line; from Python the process is left as it is.",
+    )
+    max_bad_steps: int = _setting(
+        3, "Steps in a row with a loss or gradient that is not finite; each is passed over, this many stop the run."
+    )
+    allow_pickle: bool = _setting(
+        False, "Load weights that exist only as pickles (.bin), which can hold code; else safetensors alone are read."
+    )
+    overwrite_output_dir: bool = _setting(False, "Replace the run that output_dir holds.")
+
+
+@dataclass(kw_only=True)
+class PSFTFields(ObjectiveFields, BenchmarkFields, RunFields):
     """What PSFT adds to `trl.SFTConfig`. Batch sizes count sequences over all ranks."""
 
     objective: str = _setting(
@@ -194,50 +250,25 @@ class PSFTFields(ObjectiveFields, BenchmarkFields):
     track_clipped_tokens: bool = _setting(
         True, "Count by token and epoch what the bound clips, with places in the text: clipped_tokens.parquet."
     )
-    probe_every: int = _setting(
-        50, "Optimizer steps between measurements of the retention probe, besides the first and the last; 0 = no probe."
-    )
-    probe_prompts: str | None = _setting(
-        None, "File with prompts of your own for the retention probe: rows with prompt or messages, and kind."
-    )
-    probe_max_new_tokens: int = _setting(48, "Longest answer of the base model to a probe prompt, in tokens.")
-    drift_budget: float | None = _setting(
-        0.1, "Say so once the retention probe has drifted by more than this, in nats per token, beyond its error."
-    )
-    stop_when: list[str] | None = _setting(
-        None, "Rules that end the run with a checkpoint, as METRIC>NUMBER or METRIC<NUMBER [for N]: drift>0.05."
-    )
-    save_when: list[str] | None = _setting(None, "Rules, written alike, that save a checkpoint and go on.")
-    force_pure_bf16: bool = _setting(False, "Allow bfloat16 weights although updates at lr 1e-6 vanish in them.")
     allow_ratio_noise: bool = _setting(False, "Warn instead of stop when old pass and training pass differ.")
-    resume: bool = _setting(
-        False, "Go on with the run in output_dir from its newest complete checkpoint; begin it if there is none."
+
+
+@dataclass(kw_only=True)
+class DPOFields(RunFields):
+    """What psft adds to `trl.DPOConfig`. Batch sizes count pairs over all ranks."""
+
+    train_batch_size: int | None = _setting(None, "Pairs of one optimizer step. Default 64.")
+    max_tokens_per_micro_batch: int | str = _setting(
+        "auto",
+        "Padded tokens of one forward pass on one device, both answers of a pair counted. auto: 1024 on a CPU, 8192 "
+        "on an accelerator; there a longer pair is taken alone, over a number of your own it is an error.",
     )
-    allow_changed: list[str] | None = _setting(
-        None,
-        "What may differ from the checkpoint a run is resumed from: data, objective, batch_sizes, world_size, seed. "
-        "The run then goes on at the next window boundary.",
+    chat_template_path: str | None = _setting(None, "File with a chat template, where the model brings none.")
+    truncation: str = _setting(
+        "keep_start",
+        "What is cut off beyond max_length: keep_start = the answers' ends (TRL); llama_factory = prompt and answers "
+        "in proportion, by LLaMA-Factory's rule.",
     )
-    deterministic: bool | None = _setting(
-        None, "Use only kernels that give the same bits every time. Default: on a CPU, where it costs nothing."
-    )
-    num_threads: int | str | None = _setting(
-        None,
-        "Threads of one process on the CPU: a number, or auto: its physical cores, or OMP_NUM_THREADS. Default: auto "
-        "on the command line; from Python the process is left as it is.",
-    )
-    matmul_precision: str | None = _setting(
-        None,
-        "float32 products: highest, high, medium as torch names them, or auto: the fastest that is exact, on a CPU. "
-        "Default: auto on the command line; from Python the process is left as it is.",
-    )
-    max_bad_steps: int = _setting(
-        3, "Steps in a row with a loss or gradient that is not finite; each is passed over, this many stop the run."
-    )
-    allow_pickle: bool = _setting(
-        False, "Load weights that exist only as pickles (.bin), which can hold code; else safetensors alone are read."
-    )
-    overwrite_output_dir: bool = _setting(False, "Replace the run that output_dir holds.")
 
 
 OBJECTIVE_SETTINGS = tuple(item.name for item in fields(ObjectiveFields))
@@ -246,6 +277,9 @@ OBJECTIVE_SETTINGS = tuple(item.name for item in fields(ObjectiveFields))
 SAME_SIGNAL_S = 1.0
 """A signal this soon after the first, in seconds, is the same one delivered twice: to a process group and to its
 leader, or to every process of a job and once more by what started them."""
+
+TRUNCATIONS = ("keep_start", "llama_factory")
+"""What `psft dpo` cuts off beyond max_length: by TRL's rule, or by LLaMA-Factory's."""
 
 CHANGES = ("data", "objective", "batch_sizes", "world_size", "seed")
 """What must be the same for a resumed run to go on to the same bits; `allow_changed` names exceptions."""

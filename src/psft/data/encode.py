@@ -6,9 +6,9 @@ another process carries the digest of its tokenizer and is refused where it arri
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from psft.labels import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -43,9 +45,11 @@ class EncodedBatch:
     first_special_text: str = ""
 
 
-class RowEncoder:
-    """Checks, renders, tokenises and cuts rows of one format.
+class BatchEncoder:
+    """Checks, renders, tokenises and cuts rows of one format. What a row becomes is left to the class below it.
 
+    Args:
+        rendered_as: name of the format whose way of rendering is used; default the rows' own.
     Raises:
         RequestError: the tokenizer or its template cannot be used for this format.
     """
@@ -58,9 +62,10 @@ class RowEncoder:
         columns: Mapping[str, str] | None,
         system_prompt: str | None,
         max_length: int | None,
+        rendered_as: str | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._renderer, self._encoder = make_renderer(tokenizer, format.name)
+        self._renderer, self._encoder = make_renderer(tokenizer, rendered_as or format.name)
         self._format = format
         self._columns = columns
         self._system_prompt = system_prompt
@@ -85,7 +90,25 @@ class RowEncoder:
         Raises:
             RequestError: the chat template had to be stopped.
         """
-        rendered = [self._pieces(row) for row in batch]
+        raise NotImplementedError
+
+    def _guarded(self, row: Row, render: Callable[[Row], Item]) -> Item | RowRejected:
+        """What `render` makes of a row, or why it cannot be used."""
+        try:
+            return render(row)
+        except RowRejected as rejected:
+            return rejected
+        except RecursionError:
+            return RowRejected("nested too deeply")
+        except RequestError as error:  # the chat template had to be stopped
+            raise RequestError(f"{row.where}: {error}") from error
+
+
+class RowEncoder(BatchEncoder):
+    """Demonstrations: columns `input_ids` and `labels`."""
+
+    def __call__(self, batch: list[Row]) -> EncodedBatch:
+        rendered = [self._guarded(row, self._pieces) for row in batch]
         encoded = iter(self._encoder.encode([item for item in rendered if isinstance(item, Rendered)]))
         result = EncodedBatch(len(batch))
         kept: list[Encoded] = []
@@ -108,20 +131,14 @@ class RowEncoder:
             result.num_trained_tokens += num_trained
             kept.append((cut_ids, cut_labels))
         if kept:
-            result.rows = _to_arrow(kept)
+            ids_column, labels_column = zip(*kept, strict=True)
+            result.rows = int32_lists({"input_ids": ids_column, "labels": labels_column})
         return result
 
-    def _pieces(self, row: Row) -> Rendered | RowRejected:
-        try:
-            conversation = to_conversation(row, self._format, columns=self._columns, system_prompt=self._system_prompt)
-            self._encoder.require_kept(conversation)
-            return self._renderer.pieces(conversation)
-        except RowRejected as rejected:
-            return rejected
-        except RecursionError:
-            return RowRejected("nested too deeply")
-        except RequestError as error:  # the chat template had to be stopped
-            raise RequestError(f"{row.where}: {error}") from error
+    def _pieces(self, row: Row) -> Rendered:
+        conversation = to_conversation(row, self._format, columns=self._columns, system_prompt=self._system_prompt)
+        self._encoder.require_kept(conversation)
+        return self._renderer.pieces(conversation)
 
     def _nothing_trained(self, length: int) -> RowRejected:
         if self._max_length is None or length <= self._max_length:
@@ -129,16 +146,16 @@ class RowEncoder:
         return RowRejected(f"no answer token within max_length={self._max_length}", f"{length} tokens")
 
 
-def _to_arrow(rows: list[Encoded]) -> Any:
-    """A batch as two int32 list columns: a twentieth of what Python lists of ints take."""
+def int32_lists(columns: Mapping[str, Sequence[Sequence[int]]]) -> Any:
+    """A batch of rows as int32 list columns: a twentieth of what Python lists of ints take."""
     import pyarrow as pa
 
     def int32(values: np.ndarray) -> Any:  # `pa.array` would import pandas, to ask whether they are a series of its own
         return pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values)])
 
-    offsets = int32(np.cumsum([0, *(len(ids) for ids, _ in rows)], dtype=np.int32))
-    columns = []
-    for column in zip(*rows, strict=True):
+    lists = []
+    for column in columns.values():
+        offsets = int32(np.cumsum([0, *map(len, column)], dtype=np.int32))
         values = np.concatenate([np.asarray(one, dtype=np.int32) for one in column])
-        columns.append(pa.ListArray.from_arrays(offsets, int32(values)))
-    return pa.RecordBatch.from_arrays(columns, names=["input_ids", "labels"])
+        lists.append(pa.ListArray.from_arrays(offsets, int32(values)))
+    return pa.RecordBatch.from_arrays(lists, names=list(columns))

@@ -7,7 +7,7 @@ field that plays it, and a format that uses the mapped roles goes before one tha
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,34 +34,48 @@ FORMATS = (
     Format("question-answer", ("question", "answer"), ("system",)),  # GSM8K
     Format("text", ("text",)),  # the person's own rendered text, every token trained; special tokens in it are meant
 )
-_BY_NAME = {format.name: format for format in FORMATS}
-ROLES = tuple(dict.fromkeys(role for format in FORMATS for role in (*format.required, *format.optional)))
+PAIR_FORMATS = (
+    Format(
+        "prompt-chosen-rejected", ("prompt", "chosen", "rejected"), ("system",)
+    ),  # TRL, UltraFeedback: text or messages
+    Format("chosen-rejected", ("chosen", "rejected"), ("system",)),  # two conversations, or two texts, that begin alike
+)
+"""Of preference data: two answers to one prompt, of which `chosen` is the better."""
 
 
-def known_formats() -> str:
-    return "; ".join(f"{f.name} ({' + '.join(f.required)})" for f in FORMATS)
+def known_formats(formats: Sequence[Format] = FORMATS) -> str:
+    return "; ".join(f"{f.name} ({' + '.join(f.required)})" for f in formats)
 
 
 def choose_format(
-    values: Iterable[Any], *, dataset_format: str = "auto", columns: Mapping[str, str] | None = None, source: str
+    values: Iterable[Any],
+    *,
+    dataset_format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    source: str,
+    formats: Sequence[Format] = FORMATS,
 ) -> Format:
     """The format of a source, from its first rows (`values`; anything but an object with fields is passed over).
 
+    Args:
+        formats: those it may have.
     Raises:
         RequestError: unknown format or role, a mapped column that no row has, or fields that fit no format.
     """
     columns = columns or {}
+    by_name = {format.name: format for format in formats}
+    roles = tuple(dict.fromkeys(role for format in formats for role in (*format.required, *format.optional)))
     for role in columns:
-        if role not in ROLES:
-            raise RequestError(f"columns: unknown role {role!r}{_nearest(role, ROLES)}. Roles: {', '.join(ROLES)}.")
-    if dataset_format != "auto" and dataset_format not in _BY_NAME:
+        if role not in roles:
+            raise RequestError(f"columns: unknown role {role!r}{_nearest(role, roles)}. Roles: {', '.join(roles)}.")
+    if dataset_format != "auto" and dataset_format not in by_name:
         raise RequestError(
-            f"dataset_format: unknown format {dataset_format!r}{_nearest(dataset_format, _BY_NAME)}. "
-            f"Formats: auto; {known_formats()}."
+            f"dataset_format: unknown format {dataset_format!r}{_nearest(dataset_format, by_name)}. "
+            f"Formats: auto; {known_formats(formats)}."
         )
     field_sets = list(dict.fromkeys(tuple(value) for value in values if isinstance(value, Mapping) and value))
     if not field_sets:  # nothing but unreadable rows: validation will list them under any format
-        return _BY_NAME.get(dataset_format, FORMATS[0])
+        return by_name.get(dataset_format, formats[0])
     source = shown(source)
     more = ", ..." if len(field_sets[0]) > _SHOWN_FIELDS else ""
     seen = ", ".join(shown(name, 40) for name in field_sets[0][:_SHOWN_FIELDS]) + more
@@ -72,18 +86,19 @@ def choose_format(
                 f"Its fields: {seen}."
             )
     if dataset_format != "auto":
-        return _BY_NAME[dataset_format]
+        return by_name[dataset_format]
     for fields in field_sets:
-        if (found := _recognise({*fields, *columns}, columns)) is not None:
+        if (found := _recognise({*fields, *columns}, columns, formats)) is not None:
             return found
+    example = "chosen=FIELD,rejected=FIELD" if "chosen" in roles else "prompt=FIELD,completion=FIELD"
     raise RequestError(
-        f"{source}: the fields ({seen}) fit no known format. Known: {known_formats()}. "
-        "Name your fields with columns, for example --columns prompt=FIELD,completion=FIELD."
+        f"{source}: the fields ({seen}) fit no known format. Known: {known_formats(formats)}. "
+        f"Name your fields with columns, for example --columns {example}."
     )
 
 
-def _recognise(fields: set[str], columns: Mapping[str, str]) -> Format | None:
-    candidates = [format for format in FORMATS if fields.issuperset(format.required)]
+def _recognise(fields: set[str], columns: Mapping[str, str], formats: Sequence[Format]) -> Format | None:
+    candidates = [format for format in formats if fields.issuperset(format.required)]
     if not candidates:
         return None
     return max(candidates, key=lambda format: len(columns.keys() & {*format.required, *format.optional}))

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from psft.data.digests import digest_of_code, digest_of_tokenizer, digest_of_values
-from psft.data.encode import RowEncoder
-from psft.data.formats import choose_format
+from psft.data.encode import BatchEncoder, RowEncoder
+from psft.data.formats import Format, choose_format
 from psft.data.prepared_cache import PreparedCache
 from psft.data.render import decode
 from psft.data.rows import Row
@@ -45,8 +45,26 @@ _ON_BAD_ROW = ("error", "skip")
 
 
 @dataclass(frozen=True)
+class Kind:
+    """What kind of rows a source holds.
+
+    recognise: (values of its first rows, dataset_format=, columns=, source=) -> their format, or RequestError.
+    encoder: (tokenizer, format, columns=, system_prompt=, max_length=, ...) -> what encodes batches of them.
+    """
+
+    name: str
+    recognise: Callable[..., Format]
+    encoder: Callable[..., BatchEncoder]
+
+
+DEMONSTRATIONS = Kind("demonstrations", choose_format, RowEncoder)
+
+
+@dataclass(frozen=True)
 class Prepared:
     """table: Arrow, columns input_ids and labels (aligned, not shifted; -100 = not trained).
+
+    Of pairs: prompt_ids, chosen_ids and rejected_ids, the answers with their end token.
 
     cached_in: the folder it was read from, as an earlier run had prepared it; None if it was prepared now.
     """
@@ -96,6 +114,38 @@ def prepare_dataset(
             no row is left.
         RunFailed: a process that encodes died.
     """
+    return prepare_source(
+        source, DEMONSTRATIONS, tokenizer=tokenizer, max_length=max_length, split=split, config_name=config_name,
+        dataset_format=dataset_format, columns=columns, system_prompt=system_prompt, on_bad_row=on_bad_row,
+        rejected_path=rejected_path, max_rows=max_rows, description=description, num_processes=num_processes,
+        cache_dir=cache_dir,
+    )  # fmt: skip
+
+
+def prepare_source(
+    source: str,
+    kind: Kind,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    split: str,
+    config_name: str | None,
+    dataset_format: str,
+    columns: Mapping[str, str] | None,
+    system_prompt: str | None,
+    on_bad_row: str,
+    rejected_path: Path | None,
+    max_rows: int | None,
+    description: str,
+    num_processes: int | None,
+    cache_dir: Path | None,
+    **more: Any,
+) -> Prepared:
+    """`prepare_dataset` for rows of any kind.
+
+    Args:
+        more: further options of the kind's encoder, plain values.
+    """
     if on_bad_row not in _ON_BAD_ROW:
         raise RequestError(f"on_bad_row is {on_bad_row!r}; it is one of {', '.join(_ON_BAD_ROW)}.")
     if max_length is not None and max_length < 2:
@@ -110,12 +160,15 @@ def prepare_dataset(
         "columns": None if columns is None else dict(columns),
         "system_prompt": system_prompt,
         "max_length": max_length,
+        **more,
     }
 
-    encode = partial(_encode, opened, tokenizer, description, max_rows, num_processes, **options)
+    encode = partial(_encode, opened, kind, tokenizer, description, max_rows, num_processes, **options)
     is_worth_keeping = max_rows is None or max_rows > _SMALL or opened.num_bytes < _QUICK_DIGEST
     if cache_dir is not None and is_worth_keeping:
-        outcome, is_cached = _kept_or_made(opened, tokenizer, cache_dir, encode, max_rows=max_rows, **options)
+        outcome, is_cached = _kept_or_made(
+            opened, tokenizer, cache_dir, encode, max_rows=max_rows, kind=kind.name, **options
+        )
     else:
         outcome, is_cached = encode(), False
     total = outcome.total
@@ -174,6 +227,7 @@ def _is_another(source: Source, stamp: object, content: str) -> bool:
 
 def _encode(
     source: Source,
+    kind: Kind,
     tokenizer: PreTrainedTokenizerBase,
     description: str,
     max_rows: int | None,
@@ -181,18 +235,13 @@ def _encode(
     *,
     dataset_format: str,
     columns: Mapping[str, str] | None,
-    system_prompt: str | None,
-    max_length: int | None,
+    **options: Any,
 ) -> Outcome:
     rows = source.rows(max_rows)
     head = list(islice(rows, _SMALL + 1))
-    format = choose_format(
-        (row.value for row in head[:_ROWS_TO_RECOGNISE] if row.problem is None),
-        dataset_format=dataset_format,
-        columns=columns,
-        source=source.name,
-    )
-    encode = RowEncoder(tokenizer, format, columns=columns, system_prompt=system_prompt, max_length=max_length)
+    seen = [row.value for row in head[:_ROWS_TO_RECOGNISE] if row.problem is None]
+    format = kind.recognise(seen, dataset_format=dataset_format, columns=columns, source=source.name)
+    encode = kind.encoder(tokenizer, format, columns=columns, **options)
     batches = _batches(_with_progress(chain(head, rows), description))
     is_small = len(head) <= _SMALL
     total = gather(in_order(encode, batches, 1 if is_small else _processes(num_processes, tokenizer)))
@@ -215,7 +264,7 @@ def render_example(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, index
     text, start = [], 0
     for stop in range(1, len(is_trained) + 1):
         if stop == len(is_trained) or is_trained[stop] != is_trained[start]:
-            run = _visible(decode(tokenizer, row["input_ids"][start:stop]))
+            run = visible(decode(tokenizer, row["input_ids"][start:stop]))
             text.append(f"⟦{run}⟧" if is_trained[start] else run)
             start = stop
     legend = (
@@ -225,7 +274,7 @@ def render_example(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, index
     return f"{legend}\n{''.join(text)}"
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """Text for a terminal: line breaks as they are, control and direction characters as escapes."""
     return "".join(
         ascii(letter)[1:-1] if unicodedata.category(letter) in ("Cc", "Cf") and letter not in "\n\t" else letter

@@ -19,7 +19,9 @@ _LISTED_ROWS = 10
 
 @dataclass(frozen=True)
 class DataReport:
-    """What `prepare_dataset` found. Counts are rows or tokens; lengths are tokens after truncation.
+    """What was found in a source. Counts are rows or tokens; lengths are tokens after truncation.
+
+    Of pairs, lengths are those of the longer sequence, and num_tokens counts both.
 
     num_with_special_text: rows used that hold the string of a special token, which was tokenised as ordinary text.
     """
@@ -96,11 +98,8 @@ def stop_on_bad_rows(outcome: Outcome, on_bad_row: str, max_length: int | None) 
 
 def make_report(outcome: Outcome) -> DataReport:
     """The report of an outcome with at least one row."""
-    import pyarrow.compute as pc
-
     total = outcome.total
-    chunks = pc.list_value_length(total.rows["input_ids"]).chunks
-    lengths = np.concatenate([np.from_dlpack(chunk) for chunk in chunks])  # not `to_numpy`, which imports pandas
+    lengths, num_tokens = _lengths(total.rows)
     p50, p95 = np.quantile(lengths, [0.5, 0.95], method="higher")
     return DataReport(
         source=outcome.source,
@@ -109,13 +108,28 @@ def make_report(outcome: Outcome) -> DataReport:
         num_used=len(lengths),
         num_rejected=len(total.rejections),
         num_truncated=total.num_truncated,
-        num_tokens=int(lengths.sum()),
+        num_tokens=num_tokens,
         num_trained_tokens=total.num_trained_tokens,
         length_quantiles={"p50": int(p50), "p95": int(p95), "max": int(lengths.max())},
         reasons=dict(Counter(rejection.reason for rejection in total.rejections).most_common()),
         end_token=outcome.end_token,
         num_with_special_text=total.num_with_special_text,
     )
+
+
+def _lengths(rows: Any) -> tuple[np.ndarray, int]:
+    """Tokens of each row, of pairs those of the longer sequence, and of all."""
+    import pyarrow.compute as pc
+
+    def of(name: str) -> np.ndarray:
+        chunks = pc.list_value_length(rows[name]).chunks
+        return np.concatenate([np.from_dlpack(chunk) for chunk in chunks])  # not `to_numpy`, which imports pandas
+
+    if "input_ids" in rows.column_names:
+        lengths = of("input_ids")
+        return lengths, int(lengths.sum())
+    prompt, chosen, rejected = of("prompt_ids"), of("chosen_ids"), of("rejected_ids")
+    return prompt + np.maximum(chosen, rejected), int((2 * prompt + chosen + rejected).sum())
 
 
 def write_rejections(path: Path, rejections: list[Rejection]) -> None:

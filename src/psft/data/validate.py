@@ -32,6 +32,22 @@ def to_conversation(
         RowRejected: not JSON, missing, empty or wrong-typed fields, unknown roles, an empty answer, a conversation
             that ends with anyone but the assistant, too many messages, or characters that no encoding has.
     """
+    fields = fields_of(row, format, columns)
+    if format.name == "text":
+        return Conversation((), text=plain_text(fields["text"], "text"))
+    messages, first_trained = _MAKERS[format.name](fields)
+    num_turns = len(messages)
+    messages = with_system(messages, fields, system_prompt)
+    check_turns(messages)
+    return Conversation(tuple(messages), first_trained + len(messages) - num_turns)
+
+
+def fields_of(row: Row, format: Format, columns: Mapping[str, str] | None) -> dict[str, Any]:
+    """The fields of a row under their role names.
+
+    Raises:
+        RowRejected: it could not be read, is no object, or lacks a field that the format requires.
+    """
     if row.problem is not None:
         raise RowRejected(row.problem, row.detail)
     if not isinstance(row.value, Mapping):
@@ -40,22 +56,23 @@ def to_conversation(
     for role in format.required:
         if fields.get(role) is None:
             raise RowRejected(f"field '{(columns or {}).get(role, role)}' is missing")
-    if format.name == "text":
-        return Conversation((), text=_text(fields["text"], "text"))
-    messages, first_trained = _MAKERS[format.name](fields)
+    return fields
+
+
+def with_system(messages: list[Message], fields: Mapping[str, Any], system_prompt: str | None) -> list[Message]:
+    """The conversation, opened by the row's own system prompt, else by `system_prompt`, where it has none yet."""
     if fields.get("system") and messages[0]["role"] != "system":
-        messages, first_trained = [_message("system", _text(fields["system"], "system")), *messages], first_trained + 1
+        messages = [a_message("system", plain_text(fields["system"], "system")), *messages]
     if system_prompt and messages[0]["role"] != "system":
-        messages, first_trained = [_message("system", system_prompt), *messages], first_trained + 1
-    _check_turns(messages)
-    return Conversation(tuple(messages), first_trained)
+        messages = [a_message("system", system_prompt), *messages]
+    return messages
 
 
-def _message(role: str, content: str) -> Message:
+def a_message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def _text(value: Any, field: str) -> str:
+def plain_text(value: Any, field: str) -> str:
     """A non-empty string that can be encoded, from a string or a list of text parts."""
     if isinstance(value, list):
         parts = []
@@ -77,7 +94,7 @@ def _text(value: Any, field: str) -> str:
     return value
 
 
-def _message_list(value: Any, field: str, *, role_key: str = "role", content_key: str = "content") -> list[Message]:
+def message_list(value: Any, field: str, *, role_key: str = "role", content_key: str = "content") -> list[Message]:
     if isinstance(value, str):  # a CSV cell, or a parquet column of JSON text
         try:
             value = json.loads(value, object_pairs_hook=_without_doubled_keys)
@@ -118,21 +135,21 @@ def _one_message(item: Any, number: int, role_key: str, content_key: str) -> Mes
     if known == "assistant" and isinstance(content, str) and not content.strip():
         raise RowRejected("empty answer", f"message {number}")
     if known == "system" and content == "":
-        return _message(known, "")  # common in ShareGPT data; dropped below
-    return _message(known, _text(content, content_key))
+        return a_message(known, "")  # common in ShareGPT data; dropped below
+    return a_message(known, plain_text(content, content_key))
 
 
-def _without_empty_system(messages: list[Message]) -> list[Message]:
+def without_empty_system(messages: list[Message]) -> list[Message]:
     return [message for message in messages if message["role"] != "system" or message["content"]]
 
 
 def _from_messages(fields: dict[str, Any]) -> tuple[list[Message], int]:
-    return _non_empty(_without_empty_system(_message_list(fields["messages"], "messages"))), 0
+    return _non_empty(without_empty_system(message_list(fields["messages"], "messages"))), 0
 
 
 def _from_conversations(fields: dict[str, Any]) -> tuple[list[Message], int]:
-    turns = _message_list(fields["conversations"], "conversations", role_key="from", content_key="value")
-    return _non_empty(_without_empty_system(turns)), 0
+    turns = message_list(fields["conversations"], "conversations", role_key="from", content_key="value")
+    return _non_empty(without_empty_system(turns)), 0
 
 
 def _non_empty(messages: list[Message]) -> list[Message]:
@@ -141,13 +158,13 @@ def _non_empty(messages: list[Message]) -> list[Message]:
     return messages
 
 
-def _answer(value: Any, field: str) -> str:
+def answer_text(value: Any, field: str) -> str:
     if isinstance(value, str) and not value.strip():
         raise RowRejected("empty answer", f"field '{field}'")
-    return _text(value, field)
+    return plain_text(value, field)
 
 
-def _is_message_list(value: Any) -> bool:
+def is_message_list(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and "type" not in value[0]
 
 
@@ -156,29 +173,29 @@ def _from_prompt(fields: dict[str, Any], answer_field: str) -> tuple[list[Messag
     prompt, answer = fields["prompt"], fields[answer_field]
     if prompt == [] or answer == []:
         raise RowRejected(f"'{'prompt' if prompt == [] else answer_field}' is empty")
-    if _is_message_list(prompt):
-        head = _without_empty_system(_message_list(prompt, "prompt"))
+    if is_message_list(prompt):
+        head = without_empty_system(message_list(prompt, "prompt"))
     else:
-        head = [_message("user", _text(prompt, "prompt"))]
-    if _is_message_list(answer):
-        tail = _message_list(answer, answer_field)
+        head = [a_message("user", plain_text(prompt, "prompt"))]
+    if is_message_list(answer):
+        tail = message_list(answer, answer_field)
     else:
-        tail = [_message("assistant", _answer(answer, answer_field))]
+        tail = [a_message("assistant", answer_text(answer, answer_field))]
     return [*head, *tail], len(head)
 
 
 def _from_instruction(fields: dict[str, Any]) -> tuple[list[Message], int]:
-    question = _text(fields["instruction"], "instruction")
+    question = plain_text(fields["instruction"], "instruction")
     extra = fields.get("input")
     if extra is not None and extra != "":
         is_blank = isinstance(extra, str) and not extra.strip()
-        question = question if is_blank else f"{question}\n\n{_text(extra, 'input')}"
-    return [_message("user", question), _message("assistant", _answer(fields["output"], "output"))], 0
+        question = question if is_blank else f"{question}\n\n{plain_text(extra, 'input')}"
+    return [a_message("user", question), a_message("assistant", answer_text(fields["output"], "output"))], 0
 
 
 def _from_question(fields: dict[str, Any]) -> tuple[list[Message], int]:
-    question = _text(fields["question"], "question")
-    return [_message("user", question), _message("assistant", _answer(fields["answer"], "answer"))], 0
+    question = plain_text(fields["question"], "question")
+    return [a_message("user", question), a_message("assistant", answer_text(fields["answer"], "answer"))], 0
 
 
 _MAKERS = {
@@ -191,7 +208,7 @@ _MAKERS = {
 }
 
 
-def _check_turns(messages: list[Message]) -> None:
+def check_turns(messages: list[Message]) -> None:
     roles = [message["role"] for message in messages]
     if roles[-1] != "assistant":
         raise RowRejected(f"the conversation ends with the {roles[-1]}, not with the assistant")
