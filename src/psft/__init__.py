@@ -8,14 +8,14 @@ Importing the package is cheap: the trainer and its configuration are loaded on 
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["PSFTConfig", "PSFTTrainer", "__version__"]
+__all__ = ["DPOStageConfig", "DPOStageTrainer", "PSFTConfig", "PSFTTrainer", "__version__"]
 
 if TYPE_CHECKING:
-    from psft.trainers import PSFTConfig, PSFTTrainer
+    from psft.trainers import DPOStageConfig, DPOStageTrainer, PSFTConfig, PSFTTrainer
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("PSFTConfig", "PSFTTrainer"):
+    if name != "__version__" and name in __all__:
         import psft.trainers
 
         return getattr(psft.trainers, name)

@@ -19,7 +19,7 @@ from psft.machine import cache_folder
 
 _PACKAGES = ("torch", "transformers", "trl", "accelerate")
 _DECLARED_IN = (
-    ("psft", "*.py"), ("psft", "cli/*.py"), ("psft", "trainers/psft_config.py"), ("trl", "trainer/*_config.py"),
+    ("psft", "*.py"), ("psft", "cli/*.py"), ("psft", "trainers/*_config.py"), ("trl", "trainer/*_config.py"),
     ("transformers", "training_args.py"),
 )  # fmt: skip
 

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from psft.trainers import PSFTTrainer
+    from psft.trainers.durability import Durability
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _CURVES = (
     ("nll", "NLL", "nats/token", "{:.3f}"),
     ("entropy", "entropy", "nats/token", "{:.3f}"),
     ("clip_fraction", "clipped", "of tokens", "{:.2%}"),
+    ("rewards_margin", "margin", "of rewards", "{:.4f}"),
+    ("rewards_accuracy", "ranked right", "of pairs", "{:.1%}"),
     ("drift_nats_per_token", "drift", "nats/token", "{:.4f}"),
     ("grad_norm", "gradient", "norm", "{:.3g}"),
 )
@@ -131,7 +133,7 @@ class LiveView:
 
 
 @contextlib.contextmanager
-def live_view(trainer: PSFTTrainer, console: Console | None = None) -> Iterator[None]:
+def live_view(trainer: Durability, console: Console | None = None) -> Iterator[None]:
     """Show the run of `trainer` while the body trains it. Only the first rank shows anything, and nothing where
     `disable_tqdm` asks for quiet."""
     from rich.console import Console

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,7 +14,7 @@ from psft.machine import cache_folder
 if TYPE_CHECKING:
     from psft.config import DataArguments, ModelArguments
     from psft.data import DataReport, Prepared
-    from psft.trainers import PSFTConfig, PSFTTrainer
+    from psft.trainers import DPOStageTrainer, PSFTConfig, PSFTTrainer
 
 HELP = "fine-tune a model on demonstrations"
 
@@ -75,10 +73,7 @@ def read_request(argv: Sequence[str], *, command: str) -> Request:
     )
     model = ModelArguments(**per_section[ModelArguments])
     data = DataArguments(**per_section[DataArguments])
-    name, dataset = model.model_name_or_path, data.dataset
-    if not name or not dataset:
-        missing = [f"--{n} is missing" for n, v in (("model_name_or_path", name), ("dataset", dataset)) if not v]
-        raise RequestError("; ".join(missing) + f". Give both, or a recipe: psft {command} quickstart.")
+    name, dataset = model_and_dataset(model, data, f"psft {command} quickstart")
     settings = per_section[PSFTConfig]
     for setting in ("num_threads", "matmul_precision"):  # this process is psft's own, unlike a script's
         settings.setdefault(setting, "auto")
@@ -86,13 +81,7 @@ def read_request(argv: Sequence[str], *, command: str) -> Request:
     if data.eval_dataset:
         settings.setdefault("eval_on_start", True)
         settings.setdefault("eval_strategy", "steps" if "eval_steps" in settings else "epoch")
-    try:
-        with without_collection():  # transformers imports some more of itself now
-            config = PSFTConfig(**settings)
-    except RequestError:
-        raise
-    except (ValueError, TypeError) as error:  # transformers and TRL check their own settings this way
-        raise RequestError(" ".join(str(error).split())) from error
+    config = checked(PSFTConfig, settings)
     if config.packing:
         raise RequestError(
             "packing joins rows before windows and mini-batches are counted in them. Use padding_free=true: it joins "
@@ -101,11 +90,39 @@ def read_request(argv: Sequence[str], *, command: str) -> Request:
     return Request(config, data, model, Path(str(config.output_dir)), name, dataset)
 
 
+def model_and_dataset(model: ModelArguments, data: DataArguments, example: str) -> tuple[str, str]:
+    """The names of both.
+
+    Args:
+        example: a command with a recipe, for the message.
+    Raises:
+        RequestError: one of them is missing.
+    """
+    name, dataset = model.model_name_or_path, data.dataset
+    if not name or not dataset:
+        missing = [f"--{n} is missing" for n, v in (("model_name_or_path", name), ("dataset", dataset)) if not v]
+        raise RequestError("; ".join(missing) + f". Give both, or a recipe: {example}.")
+    return name, dataset
+
+
+def checked(kind: type, settings: dict[str, Any]) -> Any:
+    """`kind(**settings)`; whatever is wrong with them as a `RequestError`."""
+    from psft.cli.imports import without_collection
+
+    try:
+        with without_collection():  # transformers imports some more of itself now
+            return kind(**settings)
+    except RequestError:
+        raise
+    except (ValueError, TypeError) as error:  # transformers and TRL check their own settings this way
+        raise RequestError(" ".join(str(error).split())) from error
+
+
 @dataclass
 class PreparedRun:
     """A trainer ready to go, with what was found in the data."""
 
-    trainer: PSFTTrainer
+    trainer: PSFTTrainer | DPOStageTrainer
     reports: dict[str, DataReport]
 
     def train(self) -> None:
@@ -169,7 +186,7 @@ def prepare_run(request: Request) -> PreparedRun:
         RequestError: unusable data, model or combination, or an output folder that holds another run.
     """
     from psft.cli.imports import without_collection
-    from psft.runs import RunFolder
+    from psft.cli.run_folder import FolderClaim
 
     with without_collection():
         from psft.models import load_model, load_tokenizer, resolve_model
@@ -177,28 +194,18 @@ def prepare_run(request: Request) -> PreparedRun:
         from psft.trainers import PSFTTrainer
 
     config, data, model = request.config, request.data, request.model
-    folder = RunFolder(request.output_dir)
-    folder.check_writable()
-    is_resuming = bool(config.resume or config.resume_from_checkpoint) and folder.holds_run()
-    if folder.holds_run() and not config.overwrite_output_dir and not is_resuming:
-        folder.claim(overwrite=False)  # raises: it holds another run
+    claim = FolderClaim(request.output_dir, config)
     trusted = {"trust_remote_code": config.trust_remote_code, "allow_pickle": config.allow_pickle}
     model_folder = resolve_model(request.model_name, model.model_revision, None, **trusted)
     tokenizer = load_tokenizer(request.model_name, config.chat_template_path, model.model_revision, **trusted)
     config.chat_template_path = None  # the tokenizer has it now
     # Rows arrive tokenised, cut and checked: TRL has nothing left to prepare.
     config.dataset_kwargs = {"skip_prepare_dataset": True}
-    with tempfile.TemporaryDirectory() as temporary:
-        rejected = Path(temporary) / "rejected.jsonl"
-        try:
+    with claim.collecting() as rejected:
+        with claim.keeping_rejected():
             prepared = _prepare_data(request, tokenizer, rejected)
-        except RequestError:
-            if rejected.exists() and not folder.holds_run() and config.process_index == 0:
-                folder.claim()
-                shutil.move(rejected, folder.path / "rejected.jsonl")
-            raise
         for name, part in prepared.items() if config.process_index == 0 else ():
-            print(_data_line(name, part))
+            print(data_line(name, part))
         attention = choose_attention(
             model.attn_implementation,
             model_folder,
@@ -227,23 +234,23 @@ def prepare_run(request: Request) -> PreparedRun:
             train_dataset=train.dataset,
             eval_dataset={name: part.dataset for name, part in prepared.items()} or None,
             processing_class=tokenizer,
-            peft_config=_lora_config(model),
+            peft_config=lora_config(model),
         )
         config.max_length = max_length
         trainer.schedule()  # refuses impossible batch sizes before the folder is claimed
-        trainer.accelerator.wait_for_everyone()  # a late rank must not take this run's folder for another's
-        if trainer.is_world_process_zero() and not is_resuming:
-            folder.claim(overwrite=config.overwrite_output_dir)
-            if rejected.exists():
-                shutil.move(rejected, folder.path / "rejected.jsonl")
-    trainer.recorder.is_claimed = True
+        claim.take(trainer)
     reports = {"train": train.report, **{name: part.report for name, part in prepared.items()}}
-    trainer.recorder.extra = {
+    trainer.recorder.extra = about_request(model, data, reports)
+    return PreparedRun(trainer, reports)
+
+
+def about_request(model: ModelArguments, data: DataArguments, reports: dict[str, DataReport]) -> dict[str, Any]:
+    """What run.json says about where model and data are from."""
+    return {
         "model": {f.name: getattr(model, f.name) for f in fields(model)},
         "data": {f.name: getattr(data, f.name) for f in fields(data)},
         "data_reports": {name: report.to_dict() for name, report in reports.items()},
     }
-    return PreparedRun(trainer, reports)
 
 
 def _prepare_data(request: Request, tokenizer: Any, rejected: Path) -> dict[str, Prepared]:
@@ -312,7 +319,8 @@ def named_sources(sources: Sequence[str]) -> dict[str, str]:
     return named
 
 
-def _data_line(name: str, part: Prepared) -> str:
+def data_line(name: str, part: Prepared) -> str:
+    """What was found in a source, in one line."""
     report = part.report
     share = report.num_trained_tokens / max(report.num_tokens, 1)
     counts = {"truncated": report.num_truncated, "rejected": report.num_rejected}
@@ -324,7 +332,8 @@ def _data_line(name: str, part: Prepared) -> str:
     )
 
 
-def _lora_config(model: ModelArguments) -> Any:
+def lora_config(model: ModelArguments) -> Any:
+    """The `LoraConfig` that is asked for, or None."""
     if not model.use_peft:
         return None
     try:

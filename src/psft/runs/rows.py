@@ -39,6 +39,23 @@ class MetricsRow(TypedDict, total=False):
     """Mean negative log-likelihood of the counted tokens, nats."""
     entropy: float | None
     """Mean entropy of the policy at the counted tokens, nats."""
+    pairs: int
+    """DPO: pairs of this step, all ranks; `tokens` counts those of both answers."""
+    rewards_chosen: float | None
+    """DPO: mean over pairs of beta x (log-prob of the chosen answer, policy minus reference), nats."""
+    rewards_rejected: float | None
+    """DPO: the same of the rejected answer."""
+    rewards_margin: float | None
+    """DPO: mean of chosen minus rejected reward."""
+    rewards_accuracy: float | None
+    """DPO: share of pairs whose chosen reward is the larger; says nothing at the first step, where both are 0 up to
+    rounding."""
+    logps_chosen: float | None
+    """DPO: mean over pairs of the chosen answer's summed log-prob, nats."""
+    logps_rejected: float | None
+    """DPO: the same of the rejected answer."""
+    mean_token_accuracy: float | None
+    """Share of counted tokens (DPO: of chosen answers) that the policy finds likeliest."""
     clip_fraction: float | None
     """Share of counted tokens whose gradient the clip removed."""
     clippable_fraction: float | None

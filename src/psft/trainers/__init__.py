@@ -1,24 +1,28 @@
-"""Training on top of TRL: the window of the old policy inside `trl.SFTTrainer`.
+"""Training on top of TRL: the window of the old policy inside `trl.SFTTrainer`, and the stages after it.
 
 `PSFTConfig` comes without the trainer, which brings in TRL's and with it `datasets` and pandas: a plan needs neither.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["PSFTConfig", "PSFTTrainer"]
+__all__ = ["DPOStageConfig", "DPOStageTrainer", "PSFTConfig", "PSFTTrainer"]
+
+_MODULES = {
+    "DPOStageConfig": "dpo_config",
+    "DPOStageTrainer": "dpo_trainer",
+    "PSFTConfig": "psft_config",
+    "PSFTTrainer": "psft_trainer",
+}
 
 if TYPE_CHECKING:
+    from psft.trainers.dpo_config import DPOStageConfig
+    from psft.trainers.dpo_trainer import DPOStageTrainer
     from psft.trainers.psft_config import PSFTConfig
     from psft.trainers.psft_trainer import PSFTTrainer
 
 
 def __getattr__(name: str) -> Any:
-    if name == "PSFTConfig":
-        from psft.trainers.psft_config import PSFTConfig
-
-        return PSFTConfig
-    if name == "PSFTTrainer":
-        from psft.trainers.psft_trainer import PSFTTrainer
-
-        return PSFTTrainer
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"psft.trainers.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'psft.trainers' has no attribute {name!r}")

@@ -16,12 +16,13 @@ from psft.machine import local_rank, local_ranks, physical_cores
 from psft.ops.precision import MATMUL_PRECISIONS, matmul_precision, set_matmul_precision
 
 if TYPE_CHECKING:
+    from psft.trainers.dpo_config import DPOStageConfig
     from psft.trainers.psft_config import PSFTConfig
 
 logger = logging.getLogger(__name__)
 
 
-def compute_problems(args: PSFTConfig) -> list[str]:
+def compute_problems(args: PSFTConfig | DPOStageConfig) -> list[str]:
     """What is wrong with the two settings; a number of threads given as text becomes a number."""
     problems = []
     if args.num_threads not in (None, "auto"):
@@ -40,7 +41,7 @@ def compute_problems(args: PSFTConfig) -> list[str]:
     return problems
 
 
-def use_machine(args: PSFTConfig) -> None:
+def use_machine(args: PSFTConfig | DPOStageConfig) -> None:
     """Set what `num_threads` and `matmul_precision` ask for, for the rest of this process; None leaves it as it is.
 
     num_threads auto: one thread a physical core that this process may use, shared by the job's ranks on this machine.

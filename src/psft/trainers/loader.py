@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler
+from transformers.trainer_utils import seed_worker
 
 from psft.data.microbatch import Cut, deal_and_cut
 from psft.errors import RequestError
+from psft.trainers.stop_signal import leave_signals_to_parent
 from psft.window import Schedule, Step
 
 Layout = list[list[int]]
@@ -101,3 +103,25 @@ class WindowLoader(DataLoader[Any]):
 
     def set_epoch(self, epoch: int) -> None:
         self.window_sampler.set_epoch(epoch)
+
+
+def window_loader(
+    dataset: Any, sampler: WindowSampler, collate: Callable[[Any], dict[str, Any]], args: Any
+) -> WindowLoader:
+    """The loader of a trainer, its workers set up as `args` (transformers' TrainingArguments) say."""
+    workers = args.dataloader_num_workers
+
+    def start_worker(worker: int) -> None:
+        leave_signals_to_parent()
+        seed_worker(worker, workers, args.process_index)
+
+    return WindowLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+        worker_init_fn=start_worker if workers else None,
+    )

@@ -7,18 +7,15 @@ import math
 import warnings
 from dataclasses import dataclass
 
-import torch
 import trl
 from transformers.trainer_utils import SaveStrategy
 
-from psft.config import CHANGES, OBJECTIVE_SETTINGS, PSFTFields
+from psft.config import OBJECTIVE_SETTINGS, PSFTFields
 from psft.errors import RequestError
 from psft.evaluation.in_training import problems_of
 from psft.objectives import Objective, resolve_objective
-from psft.ops.precision import has_native_bf16
-from psft.trainers.compute import compute_problems
 from psft.trainers.layout import LOSS_AGGREGATIONS
-from psft.trainers.trackers import refused_trackers
+from psft.trainers.run_settings import cap_problems, run_problems, settle_determinism, settle_machine
 from psft.window.schedule import check_batch_sizes
 
 logger = logging.getLogger(__name__)
@@ -46,16 +43,11 @@ class PSFTConfig(PSFTFields, trl.SFTConfig):  # type: ignore[misc]  # train_batc
 
     def __post_init__(self) -> None:
         is_judged_by = self.metric_for_best_model  # as it was given: transformers fills it in
-        self.logging_nan_inf_filter = False  # a loss that is not finite is shown, and its step passed over
-        if self.bf16 is None and not self.fp16:
-            self.bf16 = has_native_bf16()
-        if not torch.accelerator.is_available():
-            self.use_cpu = True  # transformers refuses bf16 on a CPU unless told so
+        settle_machine(self)
         with warnings.catch_warnings():  # TRL itself still sets the name that transformers renamed
             warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated")
             super().__post_init__()
-        if self.deterministic is None:
-            self.deterministic = self.device.type == "cpu"
+        settle_determinism(self)
         problems = [*self._resolve_batch_sizes(), *self._resolve_objective(), *self._refusals()]
         problems += [*problems_of(self), *self._unselectable(is_judged_by)]
         if problems:
@@ -201,31 +193,8 @@ class PSFTConfig(PSFTFields, trl.SFTConfig):  # type: ignore[misc]  # train_batc
         return problems
 
     def _refusals(self) -> list[str]:
-        problems = [*compute_problems(self), *refused_trackers(self.report_to or [])]
-        if self.max_bad_steps < 1:
-            problems.append(f"max_bad_steps={self.max_bad_steps} must be 1 or more")
-        unknown = [name for name in self.allow_changed or [] if name not in CHANGES]
-        if unknown:
-            problems.append(f"allow_changed={','.join(unknown)} is not known; it is any of {', '.join(CHANGES)}")
-        if self.probe_every < 0:
-            problems.append(f"probe_every={self.probe_every} must be 0 (no probe) or more optimizer steps")
-        if self.probe_max_new_tokens < 1:
-            problems.append(f"probe_max_new_tokens={self.probe_max_new_tokens} must be 1 or more")
-        if self.probe_prompts is not None and not self.probe_every:
-            problems.append("probe_prompts has no effect with probe_every=0. Remove one of them")
-        if self.drift_budget is not None and not self.drift_budget > 0:
-            problems.append(f"drift_budget={self.drift_budget} must be greater than 0 (nats per token)")
-        if self.allow_changed and not (self.resume or self.resume_from_checkpoint):
-            problems.append("allow_changed has no effect without resume. Remove it")
-        if self.resume and self.overwrite_output_dir:
-            problems.append("resume goes on with the run in output_dir and overwrite_output_dir removes it. Give one")
-        if self.max_tokens_per_micro_batch != "auto":
-            try:
-                self.max_tokens_per_micro_batch = int(self.max_tokens_per_micro_batch)
-            except ValueError:
-                self.max_tokens_per_micro_batch = 0
-            if self.max_tokens_per_micro_batch < 1:
-                problems.append("max_tokens_per_micro_batch must be a number of tokens or auto")
+        problems = run_problems(self)
+        problems += cap_problems(self)
         if self.head_kernel not in ("auto", "torch", "trl"):
             problems.append(f"head_kernel={self.head_kernel} must be auto, torch or trl")
         if self.sft_warmup_steps < 0:

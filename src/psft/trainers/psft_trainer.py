@@ -14,7 +14,7 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput, seed_worker
+from transformers.trainer_utils import EvalLoopOutput
 
 from psft.data.microbatch import (
     ROW_NUMBERS,
@@ -39,7 +39,7 @@ from psft.trainers.layout import (
     hides_right_padding_only,
     sequence_ids,
 )
-from psft.trainers.loader import Layout, WindowLoader, WindowSampler
+from psft.trainers.loader import Layout, WindowLoader, WindowSampler, window_loader
 from psft.trainers.micro_batch_cap import MicroBatchCap
 from psft.trainers.psft_config import PSFTConfig
 from psft.trainers.recording import RunRecorder
@@ -51,7 +51,6 @@ from psft.trainers.safeguards import (
     refuse_request,
     switch_dropout_off,
 )
-from psft.trainers.stop_signal import leave_signals_to_parent
 from psft.trainers.telemetry import StepTelemetry
 from psft.trainers.trackers import keep_for_trackers
 from psft.trainers.transfer import to_device
@@ -78,6 +77,7 @@ class PSFTTrainer(DurableTrainer):
         RequestError: what cannot be combined with a window of one old policy, by name, before anything is trained.
     """
 
+    held_out_metrics = ("nll", "entropy")
     _tag_names = ["trl", "sft", "psft"]
     _name = "PSFT"
     _paper = {
@@ -172,23 +172,8 @@ class PSFTTrainer(DurableTrainer):
             rank=args.process_index,
             world_size=args.world_size,
         )
-        dataset: Any = NumberedRows(self._remove_unused_columns(self.train_dataset, description="training"))
-        workers = args.dataloader_num_workers
-
-        def start_worker(worker: int) -> None:
-            leave_signals_to_parent()
-            seed_worker(worker, workers, args.process_index)
-
-        return WindowLoader(
-            dataset,
-            batch_sampler=sampler,
-            collate_fn=MiniBatchCollator(self.data_collator),
-            num_workers=workers,
-            pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor if workers else None,
-            worker_init_fn=start_worker if workers else None,
-        )
+        rows = NumberedRows(self._remove_unused_columns(self.train_dataset, description="training"))
+        return window_loader(rows, sampler, MiniBatchCollator(self.data_collator), args)
 
     def set_initial_training_values(self, args: Any, dataloader: DataLoader[Any]) -> tuple[Any, ...]:
         values = list(super().set_initial_training_values(args, dataloader))

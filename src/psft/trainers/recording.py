@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from psft.trainers.psft_trainer import PSFTTrainer
 
 
-_NOTED = ("nll", "entropy", "clip_fraction", "grad_norm", "drift_nats_per_token")
+_NOTED = (
+    "nll", "entropy", "clip_fraction", "grad_norm", "drift_nats_per_token",
+    "rewards_margin", "rewards_accuracy",
+)  # fmt: skip
 """Metrics whose first and last value the summary holds."""
 
 
@@ -161,7 +164,7 @@ class RunRecorder:
         if isinstance(error, RunFailed):
             return None  # it is in words
         if is_out_of_memory(error):
-            return self.trainer.micro_batch_cap.ran_out(error)
+            return self._memory_ran_out(error)
         if lost_a_worker(error):
             return RunFailed(
                 f"{first_line(error)}. A worker that reads data died, of too little memory as a rule. Lower "
@@ -181,6 +184,9 @@ class RunRecorder:
             if error.errno in _DISK or self.folder.path.absolute() in path.absolute().parents:
                 return RunFailed(f"{path} cannot be written: {error.strerror}. Make room or mend it. {onward}")
         return None  # a failure elsewhere, of a callback say, keeps its traceback
+
+    def _memory_ran_out(self, error: BaseException) -> RunFailed:
+        return self.trainer.micro_batch_cap.ran_out(error)
 
     def write_summary(self) -> dict[str, Any]:
         """Write summary.json from what is known now, and return it; again after a later measurement."""
@@ -225,14 +231,23 @@ class RunRecorder:
             **measured,
             "grad_norm": None if grad_norm is None else float(grad_norm),
             "learning_rate": learning_rate,
-            "tokens_per_second": (measured["tokens"] or 0) / max(time.monotonic() - self._step_started, 1e-9),
-            "peak_memory_bytes": peak_memory_bytes(self.trainer.args.device),
+            **self.pace(measured["tokens"] or 0),
         }
+        self.append_step(row)
+        return row
+
+    def pace(self, num_tokens: int) -> dict[str, Any]:
+        """What a row says about the machine: tokens a second since `step_begins`, and the peak of memory."""
+        seconds = max(time.monotonic() - self._step_started, 1e-9)
+        peak = peak_memory_bytes(self.trainer.args.device)
+        return {"tokens_per_second": num_tokens / seconds, "peak_memory_bytes": peak}
+
+    def append_step(self, row: dict[str, Any]) -> None:
+        """Append a row of metrics.jsonl."""
         self._note("", {k: row[k] for k in _NOTED if row.get(k) is not None})
         if self._writes:
             self.folder.append("metrics.jsonl", row)
         self._tell("metrics", row)
-        return row
 
     def evaluated(self, prefix: str, result: HeldOutResult) -> None:
         """Append NLL and entropy of one held-out data set to eval.jsonl."""
@@ -302,21 +317,28 @@ class RunRecorder:
             "optimizer_state": args.sft_warmup_optimizer_state,
         }
 
+    def _method_info(self) -> dict[str, Any]:
+        """The entries of run.json that depend on what is trained."""
+        trainer = self.trainer
+        return {
+            "objective": {"name": trainer.objective.name, "settings": dict(trainer.objective.settings)},
+            "warmup": self._warmup_info(),
+            "attention": trainer.attention,
+            "head_kernel": trainer.head_kernel,
+        }
+
     def _run_info(self) -> dict[str, Any]:
         args = self.trainer.args
         return {
             "command": command_line(),
             "started_at": info_now(),
             "seed": args.seed,
-            "objective": {"name": self.trainer.objective.name, "settings": dict(self.trainer.objective.settings)},
             "config": args.to_sanitized_dict() | {"train_batch_size": args.train_batch_size},
-            "warmup": self._warmup_info(),
+            **self._method_info(),
             "num_train_rows": len(self.trainer.train_dataset),
             "world_size": args.world_size,
             "distributed_type": self.trainer.accelerator.distributed_type.value,
             "deterministic": torch.are_deterministic_algorithms_enabled(),
-            "attention": self.trainer.attention,
-            "head_kernel": self.trainer.head_kernel,
             "matmul_precision": matmul_precision(),
             "num_threads": torch.get_num_threads(),
             "environment": describe_environment(),

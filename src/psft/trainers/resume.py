@@ -28,12 +28,13 @@ from psft.runs.folder import to_json
 from psft.window import Step, Window
 
 if TYPE_CHECKING:
+    from psft.trainers.durability import Durability
     from psft.trainers.durable import DurableTrainer
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "psft_state.json"
-_FORMAT = 1
+FORMAT = 1
 _WATCHED = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "num_train_epochs",
     "max_steps", "bf16", "fp16", "adam_beta1", "adam_beta2", "optim", "gradient_checkpointing",
@@ -82,6 +83,15 @@ class ResumePoint:
         return [Step(**step) for step in layout["steps"]], layout["rows"], old_logps
 
 
+def watched_settings(args: Any) -> dict[str, Any]:
+    """Settings that may change on purpose, and what is in force in this process, of which the last bits may follow."""
+    return {
+        **{name: getattr(args, name) for name in _WATCHED},
+        "matmul_precision": matmul_precision(),
+        "num_threads": torch.get_num_threads() if args.device.type == "cpu" else None,
+    }
+
+
 def identity_of(trainer: DurableTrainer) -> dict[str, Any]:
     """What the numbers of a run follow from, by the names of `CHANGES`, and the settings that are watched."""
     args = trainer.args
@@ -99,10 +109,7 @@ def identity_of(trainer: DurableTrainer) -> dict[str, Any]:
             "world_size": args.world_size,
             "seed": {"seed": args.seed, "data_seed": args.data_seed, "order": args.train_sampling_strategy},
             "watched": {
-                **{name: getattr(args, name) for name in _WATCHED},
-                "head_kernel": trainer.head_kernel, "attention": trainer.attention,
-                "matmul_precision": matmul_precision(),
-                "num_threads": torch.get_num_threads() if args.device.type == "cpu" else None,
+                **watched_settings(args), "head_kernel": trainer.head_kernel, "attention": trainer.attention,
             },
         }
     )  # fmt: skip
@@ -125,10 +132,10 @@ def save_state(trainer: DurableTrainer, folder: Path, position: Position, window
     if trainer.reference is not None:
         trainer.reference.save(folder)
     state = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "step": trainer.state.global_step,
         "position": asdict(position),
-        "engine": _engine(trainer),
+        "engine": engine_of(trainer),
         "identity": trainer.identity,
         "trust_region": trainer.trust_region.state_dict(),
         "num_train_tokens": trainer._total_train_tokens,
@@ -141,7 +148,7 @@ def save_state(trainer: DurableTrainer, folder: Path, position: Position, window
     (folder / STATE_FILE).write_text(json.dumps(state, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def find_checkpoint(trainer: DurableTrainer, named: str | Path | None) -> Path | None:
+def find_checkpoint(trainer: Durability, named: str | Path | None) -> Path | None:
     """The checkpoint to go on from: the one that is named, or the newest complete one; None to begin at the start.
 
     Raises:
@@ -166,32 +173,44 @@ def find_checkpoint(trainer: DurableTrainer, named: str | Path | None) -> Path |
     return chosen.path
 
 
-def read_resume_point(trainer: DurableTrainer, path: Path) -> ResumePoint:
-    """Read a checkpoint and hold it against the run that is to go on from it.
+def read_state(trainer: Durability, path: Path) -> dict[str, Any]:
+    """What psft wrote into a checkpoint.
 
     Raises:
-        RequestError: it holds no state of psft, or something of `CHANGES` differs and `allow_changed` does not name it.
+        RequestError: it holds no state of psft, of another version, or one written by another engine.
     """
     try:
-        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        state: dict[str, Any] = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RequestError(
             f"checkpoint {path} holds no {STATE_FILE} of a psft run ({type(error).__name__}). To start a new run from "
             "its weights give it as --model_name_or_path."
         ) from error
-    if state.get("format") != _FORMAT:
+    if state.get("format") != FORMAT:
         raise RequestError(
-            f"checkpoint {path} has format {state.get('format')}; this version reads {_FORMAT}. Resume it with the "
+            f"checkpoint {path} has format {state.get('format')}; this version reads {FORMAT}. Resume it with the "
             "version that wrote it, or start a new run from its weights."
         )
-    if state.get("engine", "plain") != _engine(trainer):
-        written, wanted = (_ENGINES[name] for name in (state.get("engine", "plain"), _engine(trainer)))
+    if state.get("engine", "plain") != engine_of(trainer):
+        written, wanted = (_ENGINES[name] for name in (state.get("engine", "plain"), engine_of(trainer)))
         raise RequestError(
             f"checkpoint {path} was written {written} and this run trains {wanted}, which keeps weights and moments in "
             "another form. Resume it as it was begun, or start a new run from its weights: --model_name_or_path "
             f"{path}."
         )
-    before, now = state["identity"], trainer.identity
+    return state
+
+
+def check_identity(trainer: Durability, path: Path, before: Mapping[str, Any], *, onward: str) -> list[str]:
+    """Hold a checkpoint's run against this one. Returns which of `CHANGES` differ; watched settings are announced.
+
+    Args:
+        before: the identity in the checkpoint.
+        onward: where a run with allowed changes goes on, for the message.
+    Raises:
+        RequestError: something differs that `allow_changed` does not name.
+    """
+    now = trainer.identity
     changed = [name for name in CHANGES if before[name] != now[name]]
     allowed = set(trainer.args.allow_changed or [])
     refused = [name for name in changed if name not in allowed]
@@ -199,11 +218,22 @@ def read_resume_point(trainer: DurableTrainer, path: Path) -> ResumePoint:
         differences = "; ".join(f"{name}: {_difference(before[name], now[name])}" for name in refused)
         raise RequestError(
             f"this is not the run that {path} was written by. {differences}. Give what it had, or go on all the same, "
-            f"from the next window on, with --allow_changed {','.join(refused)}."
+            f"{onward}, with --allow_changed {','.join(refused)}."
         )
     watched = {n: (before["watched"].get(n), v) for n, v in now["watched"].items() if before["watched"].get(n) != v}
     for name, (old, new) in watched.items():
         logger.warning("%s was %s and is %s now: the run goes on, but not to the same bits.", name, old, new)
+    return changed
+
+
+def read_resume_point(trainer: DurableTrainer, path: Path) -> ResumePoint:
+    """Read a checkpoint and hold it against the run that is to go on from it.
+
+    Raises:
+        RequestError: it holds no state of psft, or something of `CHANGES` differs and `allow_changed` does not name it.
+    """
+    state = read_state(trainer, path)
+    changed = check_identity(trainer, path, state["identity"], onward="from the next window on")
     position = Position(**state["position"])
     why = f"{', '.join(changed)} changed" if changed else None
     if not changed and trainer.micro_batch_cap.resume(
@@ -255,7 +285,7 @@ def _next_boundary(trainer: DurableTrainer, position: Position, *, is_other_data
     return Position(position.epoch + 1, 0, 0)
 
 
-def _by_first_rank(trainer: DurableTrainer, look: Callable[[], Any]) -> Any:
+def _by_first_rank(trainer: Durability, look: Callable[[], Any]) -> Any:
     """What the first rank finds, on every rank: what changes while they look cannot part them, and one reads enough."""
     if trainer.args.world_size == 1:
         return look()
@@ -263,7 +293,8 @@ def _by_first_rank(trainer: DurableTrainer, look: Callable[[], Any]) -> Any:
     return broadcast_object_list(found)[0]
 
 
-def _engine(trainer: DurableTrainer) -> str:
+def engine_of(trainer: Durability) -> str:
+    """`plain`, `fsdp` or `deepspeed`."""
     return "deepspeed" if trainer.is_deepspeed_enabled else "fsdp" if trainer.is_fsdp_enabled else "plain"
 
 

@@ -50,6 +50,11 @@ def refuse_model(model: Any, args: PSFTConfig, *, has_router_loss: bool) -> None
         )
     if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
         raise RequestError("prompt-learning adapters change the sequence. Use a LoRA-like adapter.")
+    refuse_coarse_weights(model, args)
+
+
+def refuse_coarse_weights(model: Any, args: Any) -> None:
+    """Raise `RequestError` for trained weights whose type swallows the update, unless `force_pure_bf16` is set."""
     trained = {p.dtype for p in model.parameters() if p.requires_grad}
     coarse = sorted(str(d).removeprefix("torch.") for d in trained & {torch.bfloat16, torch.float16})
     is_quantized = any(getattr(model, name, False) for name in ("is_loaded_in_4bit", "is_loaded_in_8bit"))
@@ -94,8 +99,8 @@ def _size_of(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def switch_dropout_off(model: nn.Module) -> None:
-    """Set every dropout rate to 0 and say so: different masks in the two passes would make the ratio noise."""
+def switch_dropout_off(model: nn.Module, method: str = "PSFT") -> None:
+    """Set every dropout rate to 0 and say so: different masks in two passes would make their ratio noise."""
     active = set()
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.p > 0:
@@ -107,7 +112,10 @@ def switch_dropout_off(model: nn.Module) -> None:
                 setattr(module, attribute, 0.0)
                 active.add(attribute)
     if active:
-        logger.warning("dropout is off during PSFT, as in DPO and GRPO; the model had: %s.", ", ".join(sorted(active)))
+        others = " and ".join(name for name in ("PSFT", "DPO", "GRPO") if name != method)
+        logger.warning(
+            "dropout is off during %s, as in %s; the model had: %s.", method, others, ", ".join(sorted(active))
+        )
 
 
 def announce_plain_sft(args: PSFTConfig) -> None:

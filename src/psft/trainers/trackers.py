@@ -13,8 +13,6 @@ import sys
 from collections.abc import Iterable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
-import trl
-
 from psft.runs.rows import ProbeRow
 
 if TYPE_CHECKING:
@@ -40,7 +38,7 @@ _MODULES = {
 _PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flytekit"}  # where pip says it otherwise
 _NOT_KEPT = {
     "loss", "grad_norm", "learning_rate", "epoch",  # the Trainer logs these itself
-    "step", "window", "mini_batch", "num_mini_batches", "tokens",  # places and counts: their means say nothing
+    "step", "window", "mini_batch", "num_mini_batches", "tokens", "pairs",  # places and counts: their means say nothing
 }  # fmt: skip
 _LARGEST = {"log_ratio_abs_max", "peak_memory_bytes"}
 
@@ -89,7 +87,9 @@ def probe_numbers(rows: Iterable[ProbeRow]) -> dict[str, float]:
 
 
 def tell_trackers(trainer: PSFTTrainer, numbers: dict[str, float]) -> None:
-    """Log numbers at the current step now. Passes by TRL's `log`, which would send what was kept with them."""
+    """Log numbers at the current step now. TRL's own `log` would send what was kept with them."""
+    from transformers import Trainer  # here, so that a configuration comes without the trainer
+
     is_log_due = trainer.control.should_log
-    super(trl.SFTTrainer, trainer).log(numbers)
+    Trainer.log(trainer, numbers)
     trainer.control.should_log = is_log_due  # the Trainer takes any log for the one that was due

@@ -44,7 +44,7 @@ class RunWatch:
         self.probe: RetentionProbe | None = None
         if args.probe_every:
             self.probe = RetentionProbe(trainer, load_probe_prompts(args.probe_prompts))
-        measured = [f"{name}_{metric}" for name in _held_out_names(trainer) for metric in ("nll", "entropy")]
+        measured = [f"{name}_{metric}" for name in _held_out_names(trainer) for metric in trainer.held_out_metrics]
         measured += more_measured
         self.stop_rules, self.save_rules = (
             RuleBook(self._rule(text, setting, measured) for text in getattr(args, setting) or [])
