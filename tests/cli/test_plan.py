@@ -31,7 +31,11 @@ def test_every_recipe_plans_without_weights_or_network(
     assert run([name]) == 0
     out = capsys.readouterr().out
     facts = _facts(out)
-    assert int(facts["windows per epoch"]) > 0 and "not at hand: model" in out and "H100 80GB" in out
+    assert "not at hand: model" in out and "H100 80GB" in out
+    if recipes.stage_of(name) == "dpo":
+        assert facts["pairs per step"] and ("steps in all" in facts) is (name != "dpo-quickstart")  # without data
+        return
+    assert int(facts["windows per epoch"]) > 0
     assert ("this is plain SFT" in out) is (name.endswith("-sft") or name.endswith("-matched"))
     assert ("only rescales SFT's token weights" in out) is name.endswith("-sft-kl")
     assert ("the ratio is never clipped" in out) is name.endswith("-noclip")

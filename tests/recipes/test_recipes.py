@@ -21,7 +21,7 @@ PAPER = [
 
 def test_every_setting_of_the_paper_has_a_recipe() -> None:
     """Goes red if a file is missing from the package, or the data set table is listed as a recipe."""
-    assert recipes.names() == ["quickstart", *PAPER]
+    assert recipes.names() == ["quickstart", *sorted([*PAPER, "align-qwen3-4b-dpo", "dpo-quickstart"])]
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -58,7 +58,18 @@ def test_a_control_differs_from_its_base_in_the_objective_alone(name: str, base:
     assert {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)} == {*changed, "output_dir"}
 
 
-@pytest.mark.parametrize("name", PAPER)
+def test_the_values_of_dpo_are_those_of_table_9() -> None:
+    """Goes red if a value leaves the table, or the recipe is taken for one of psft train."""
+    recipe = recipes.load_recipe("align-qwen3-4b-dpo")
+    table = {"beta": 0.01, "learning_rate": 5e-7, "train_batch_size": 64, "num_train_epochs": 1, "max_length": 4096}
+    assert {name: recipe[name] for name in table} == table
+    assert recipes.stage_of("align-qwen3-4b-dpo") == recipes.stage_of("dpo-quickstart") == "dpo"
+    assert recipes.stage_of("align-qwen3-4b-psft") == "train"
+    assert recipes.maker_of(recipe["model_name_or_path"]) == ("train", "align-qwen3-4b-psft")
+    assert recipes.known_dataset(recipe["dataset"], recipe["dataset_split"]) is not None
+
+
+@pytest.mark.parametrize("name", [*PAPER, "align-qwen3-4b-dpo"])
 def test_every_value_of_a_paper_recipe_names_its_source(name: str) -> None:
     """Goes red if a line loses its comment (output_dir needs none)."""
     lines = recipes.read_text(name).splitlines()[1:]
@@ -88,7 +99,7 @@ def test_the_command_lists_and_prints(capsys: pytest.CaptureFixture[str]) -> Non
     """Goes red if a recipe loses its describing first line."""
     assert run([]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + len(PAPER) and all(len(line.split(maxsplit=1)[1]) > 20 for line in lines)
+    assert len(lines) == 3 + len(PAPER) and all(len(line.split(maxsplit=1)[1]) > 20 for line in lines)
     assert run(["quickstart"]) == 0
     assert capsys.readouterr().out == recipes.read_text("quickstart")
     with pytest.raises(RequestError, match="one name"):

@@ -18,7 +18,7 @@ from typing import Any
 
 from psft.cli.values import BadValue, accepts_bool, convert, describe, is_dict, is_list, show_value
 from psft.errors import RequestError, shown
-from psft.recipes import parse_settings, read_file
+from psft.recipes import STAGE, STAGES, parse_settings, read_file
 
 _SHORT_NAMES = {
     "lr": "learning_rate",
@@ -214,8 +214,16 @@ def _read_recipe(
     except RequestError as error:
         problems.append(str(error))
         return {}
+    is_file = is_file or load_recipe is None
+    stage = next((value for key, value, _ in items if key == STAGE), None if is_file else "train")
+    if command in STAGES and stage not in (None, command):
+        its_command = f"psft {shown(stage, 40)}"
+        problems.append(f"recipe {shown(recipe)} is for {its_command}. Run: {its_command} {shown(recipe)}.")
+        return {}
     given = {}
     for key, value, where in items:
+        if key == STAGE:
+            continue
         setting = settings.get(key)
         if setting is None:
             problems.append(f"{where}unknown setting {show_value(key)}. {_nearest(key, settings, '', command)}")

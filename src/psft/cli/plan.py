@@ -1,11 +1,15 @@
-"""`psft plan`: what `psft train` would do with the same request. Loads no weights and downloads nothing."""
+"""`psft plan`: what `psft train`, or a stage after it, would do with the same request. No weights, no downloads."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from psft.errors import RequestError, first_line, shown
 
 if TYPE_CHECKING:
     from psft.config import LaunchArguments
@@ -13,7 +17,7 @@ if TYPE_CHECKING:
     from psft.models.architectures import Architecture
     from psft.objectives import Objective
 
-HELP = "Dry run of psft train: settings, steps, data, memory and time; no weights, no network."
+HELP = "Dry run of psft train or psft dpo: settings, steps, data, memory and time; no weights, no network."
 
 _SHOWN = (
     "loss_aggregation",
@@ -43,7 +47,7 @@ _SHOWN = (
 
 
 @dataclass
-class _Data:
+class FoundData:
     """What is known about the training set. num_rows: None if unknown; source says where the number is from."""
 
     num_rows: int | None
@@ -57,12 +61,37 @@ def run(argv: list[str]) -> int:
     """Prints the plan of a request. Returns the exit code.
 
     Raises:
-        RequestError: what `psft train` would refuse: unknown settings, contradictions, unusable local data.
+        RequestError: what the command itself would refuse: unknown settings, contradictions, unusable local data.
     """
+    stage = _stage_asked_for(argv)
+    if stage == "dpo":
+        from psft.cli import plan_dpo
+
+        return plan_dpo.run(argv)
+    if stage != "train":
+        raise RequestError(f"psft plan knows train and dpo, not {shown(stage, 40)}.")
+    return _plan_training(argv)
+
+
+def _stage_asked_for(argv: Sequence[str]) -> str:
+    """The command whose request this is: `--stage` says so, or the recipe."""
+    from psft.recipes import stage_of
+
+    for position, token in enumerate(argv):
+        flag, equals, value = token.partition("=")
+        if flag == "--stage":
+            return value if equals else next(iter(argv[position + 1 :]), "")
+    if argv and not argv[0].startswith("-"):
+        with contextlib.suppress(RequestError):  # reading the request says what is wrong with a recipe, and where
+            return stage_of(argv[0])
+    return "train"
+
+
+def _plan_training(argv: list[str]) -> int:
     from psft.cli.arguments import parse_request
     from psft.cli.imports import without_collection, without_models
     from psft.cli.objective_choice import leave_out_other_objective
-    from psft.config import DataArguments, LaunchArguments, ModelArguments
+    from psft.config import DataArguments, LaunchArguments, ModelArguments, PlanArguments
     from psft.models.architectures import find_architecture
     from psft.models.resolve import check_dtype
     from psft.recipes import load_recipe
@@ -71,50 +100,48 @@ def run(argv: list[str]) -> int:
         from psft.cli.objective_facts import objective_facts
         from psft.trainers import PSFTConfig
 
-        sections = (DataArguments, ModelArguments, PSFTConfig, LaunchArguments)
+        sections = (PlanArguments, DataArguments, ModelArguments, PSFTConfig, LaunchArguments)
         given = parse_request(
             argv, sections, command="plan", load_recipe=load_recipe, reconcile=leave_out_other_objective
         )
         data, model = DataArguments(**given[DataArguments]), ModelArguments(**given[ModelArguments])
         launch = LaunchArguments(**given[LaunchArguments])
-        settings = _settings(PSFTConfig, given[PSFTConfig])
+        settings = settled(PSFTConfig, given[PSFTConfig])
     _check_shares(settings, launch)
     check_dtype(model.dtype, force_pure_bf16=settings.force_pure_bf16)
     architecture = (
         find_architecture(model.model_name_or_path, model.model_revision) if model.model_name_or_path else None
     )
-    found = _look_at_data(data, model, settings)
+    found = look_at_data(data, model, settings)
 
     objective = settings.resolved_objective()
 
-    _heading("Settings")
+    heading("Settings")
     processes = [(name, str(value)) for name, value in given[LaunchArguments].items() if value is not None]
-    _table([*_resolved_settings(data, model, settings, objective, set(given[PSFTConfig])), *processes])
-    _heading("Objective")
-    _table(objective_facts(objective, settings, use_peft=model.use_peft))
-    _heading("Steps")
-    _table(_steps(found, settings))
-    _heading("Data")
-    _table(_data_facts(found, data, settings))
+    table([*_resolved_settings(data, model, settings, objective, set(given[PSFTConfig])), *processes])
+    heading("Objective")
+    table(objective_facts(objective, settings, use_peft=model.use_peft))
+    heading("Steps")
+    table(_steps(found, settings))
+    heading("Data")
+    table(_data_facts(found, data, settings))
     if found.prepared is not None:
         from psft.data import render_example
 
-        print("\n" + _indent(_shortened(render_example(found.prepared, found.tokenizer))))
-    _heading("Micro-batches")
-    _table(_micro_batches(found, model, launch, settings, objective))
-    _heading("Memory and time (a rough estimate from sizes, not a measurement)")
+        print("\n" + indent(shortened(render_example(found.prepared, found.tokenizer))))
+    heading("Micro-batches")
+    table(_micro_batches(found, model, launch, settings, objective))
+    heading("Memory and time (a rough estimate from sizes, not a measurement)")
     print("\n".join(_costs(architecture, found, model, settings, objective)))
     notes = _notes(data, model, settings, objective, found, architecture)
     if notes:
-        _heading("Notes")
+        heading("Notes")
         print("\n".join(f"  - {note}" for note in notes))
     return 0
 
 
-def _settings(kind: type, given: dict[str, Any]) -> Any:
-    """The trainer's own settings, filled in and checked as `psft train` does."""
-    from psft.errors import RequestError, first_line
-
+def settled(kind: type, given: dict[str, Any]) -> Any:
+    """The trainer's own settings, filled in and checked as the command does."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         return kind(**given)
@@ -126,8 +153,6 @@ def _settings(kind: type, given: dict[str, Any]) -> Any:
 
 def _check_shares(settings: Any, launch: LaunchArguments) -> None:
     """Refuse, as the ranks would, a mini-batch that they cannot share."""
-    from psft.errors import RequestError
-
     number, rows = 1 if launch.num_processes is None else launch.num_processes, settings.mini_batch_size
     if number < 1:
         raise RequestError(f"num_processes={number} must be 1 or more.")
@@ -135,24 +160,47 @@ def _check_shares(settings: Any, launch: LaunchArguments) -> None:
         raise RequestError(f"mini_batch_size={rows} cannot be shared by {number} ranks. Use a multiple of {number}.")
 
 
-def _look_at_data(data: Any, model: Any, settings: Any) -> _Data:
-    """Tokenises what is on this machine; for anything else the known number of rows, with a note."""
+def _prepare(tokenizer: Any, data: Any, settings: Any) -> Prepared:
     from psft.cli.train import data_cache_folder
     from psft.data import prepare_dataset
+
+    return prepare_dataset(
+        data.dataset,
+        tokenizer=tokenizer,
+        max_length=settings.max_length,
+        split=data.dataset_split,
+        config_name=data.dataset_config,
+        dataset_format=data.dataset_format,
+        columns=data.columns,
+        system_prompt=data.system_prompt,
+        on_bad_row=data.on_bad_row,
+        max_rows=data.max_rows,
+        num_processes=settings.dataset_num_proc,
+        cache_dir=data_cache_folder(data),
+    )
+
+
+def look_at_data(
+    data: Any, model: Any, settings: Any, prepare: Callable[[Any, Any, Any], Prepared] = _prepare
+) -> FoundData:
+    """Tokenises what is on this machine; for anything else the known number of rows, with a note.
+
+    Args:
+        prepare: (tokenizer, `DataArguments`, settings) -> the tokenised training set.
+    """
     from psft.data.sources import read_rows
-    from psft.errors import RequestError
     from psft.models.resolve import load_tokenizer, local_folder
     from psft.recipes import known_dataset
 
     if data.dataset is None:
-        return _Data(None, "no dataset named", notes=["name the demonstrations with --dataset"])
-    if not _is_local(data.dataset):
+        return FoundData(None, "no dataset named", notes=["name the demonstrations with --dataset"])
+    if not is_local(data.dataset):
         known = known_dataset(data.dataset, data.dataset_split)
         where = f"not at hand: data set {data.dataset} is on the hub, and plan downloads nothing"
         if known is None:
-            return _Data(None, "unknown", notes=[f"{where}; its number of rows is unknown"])
+            return FoundData(None, "unknown", notes=[f"{where}; its number of rows is unknown"])
         rows = min(known[0], data.max_rows or known[0])
-        return _Data(rows, known[1], notes=[f"{where}; its number of rows is from psft's table"])
+        return FoundData(rows, known[1], notes=[f"{where}; its number of rows is from psft's table"])
     name = model.model_name_or_path
     notes = []
     if name and local_folder(name, model.model_revision) is not None:
@@ -167,28 +215,15 @@ def _look_at_data(data: Any, model: Any, settings: Any) -> _Data:
         except RequestError as error:
             notes.append(f"not at hand: {error}")
         else:
-            prepared = prepare_dataset(
-                data.dataset,
-                tokenizer=tokenizer,
-                max_length=settings.max_length,
-                split=data.dataset_split,
-                config_name=data.dataset_config,
-                dataset_format=data.dataset_format,
-                columns=data.columns,
-                system_prompt=data.system_prompt,
-                on_bad_row=data.on_bad_row,
-                max_rows=data.max_rows,
-                num_processes=settings.dataset_num_proc,
-                cache_dir=data_cache_folder(data),
-            )
-            return _Data(prepared.report.num_used, "counted", prepared, tokenizer)
+            prepared = prepare(tokenizer, data, settings)
+            return FoundData(prepared.report.num_used, "counted", prepared, tokenizer)
     else:
         notes.append(f"not at hand: the tokenizer of {name}, so tokens are not counted (plan downloads nothing)")
     num_rows = sum(1 for _ in read_rows(data.dataset, split=data.dataset_split, max_rows=data.max_rows))
-    return _Data(num_rows, "counted", notes=notes)
+    return FoundData(num_rows, "counted", notes=notes)
 
 
-def _is_local(source: str) -> bool:
+def is_local(source: str) -> bool:
     """Whether `source` needs no network. A path that is missing counts: reading it says so."""
     from psft.data.files import FILE_SUFFIXES
 
@@ -200,7 +235,7 @@ def _resolved_settings(
     data: Any, model: Any, settings: Any, objective: Objective, given: set[str]
 ) -> list[tuple[str, str]]:
     rows = [("model_name_or_path", str(model.model_name_or_path)), ("dataset", f"{data.dataset}")]
-    rows += [("dataset_split", data.dataset_split)] if data.dataset and not _is_local(data.dataset) else []
+    rows += [("dataset_split", data.dataset_split)] if data.dataset and not is_local(data.dataset) else []
     rows += [("eval_dataset", ", ".join(data.eval_dataset))] if data.eval_dataset else []
     rows += [("system_prompt", data.system_prompt)] if data.system_prompt else []
     rows += [("lora", f"rank {model.lora_r}, alpha {model.lora_alpha}")] if model.use_peft else []
@@ -217,7 +252,7 @@ def _resolved_settings(
     return rows
 
 
-def _schedule(found: _Data, settings: Any, *, with_warmup: bool = True) -> Any:
+def _schedule(found: FoundData, settings: Any, *, with_warmup: bool = True) -> Any:
     from psft.window.schedule import Schedule
 
     return Schedule(
@@ -230,7 +265,7 @@ def _schedule(found: _Data, settings: Any, *, with_warmup: bool = True) -> Any:
     )
 
 
-def _steps(found: _Data, settings: Any) -> list[tuple[str, str]]:
+def _steps(found: FoundData, settings: Any) -> list[tuple[str, str]]:
     from psft.window.schedule import plan_epoch
 
     per_window = settings.train_batch_size // settings.mini_batch_size
@@ -267,13 +302,13 @@ def _length_of_run(settings: Any) -> str:
     return "max_steps" if settings.max_steps > 0 else f"{settings.num_train_epochs:g} epochs"
 
 
-def _num_steps(found: _Data, settings: Any) -> int:
+def _num_steps(found: FoundData, settings: Any) -> int:
     if settings.max_steps > 0:
         return int(settings.max_steps)
     return int(_schedule(found, settings).num_steps(settings.num_train_epochs))
 
 
-def _data_facts(found: _Data, data: Any, settings: Any) -> list[tuple[str, str]]:
+def _data_facts(found: FoundData, data: Any, settings: Any) -> list[tuple[str, str]]:
     if found.prepared is None:
         return [(str(data.dataset), "not read: see the notes")]
     report = found.prepared.report
@@ -294,7 +329,7 @@ def _data_facts(found: _Data, data: Any, settings: Any) -> list[tuple[str, str]]
 
 
 def _micro_batches(
-    found: _Data, model: Any, launch: LaunchArguments, settings: Any, objective: Objective
+    found: FoundData, model: Any, launch: LaunchArguments, settings: Any, objective: Objective
 ) -> list[tuple[str, str]]:
     from psft.cli.plan_batches import micro_batch_facts
     from psft.data.table import row_lengths
@@ -307,7 +342,7 @@ def _micro_batches(
 
 
 def _costs(
-    architecture: Architecture | None, found: _Data, model: Any, settings: Any, objective: Objective
+    architecture: Architecture | None, found: FoundData, model: Any, settings: Any, objective: Objective
 ) -> list[str]:
     from psft.cli.plan_costs import Lengths, cost_lines
     from psft.models.architectures import find_architecture
@@ -322,7 +357,7 @@ def _costs(
     return cost_lines(architecture, reference, lengths, model, settings, objective, num_steps=num_steps)
 
 
-def _lengths(found: _Data, model: Architecture, settings: Any) -> tuple[int, float]:
+def _lengths(found: FoundData, model: Architecture, settings: Any) -> tuple[int, float]:
     """Longest and average tokens of a row; without data both are max_length (or the model's context)."""
     if found.prepared is not None:
         report = found.prepared.report
@@ -332,31 +367,39 @@ def _lengths(found: _Data, model: Architecture, settings: Any) -> tuple[int, flo
 
 
 def _notes(
-    data: Any, model: Any, settings: Any, objective: Objective, found: _Data, architecture: Architecture | None
+    data: Any, model: Any, settings: Any, objective: Objective, found: FoundData, architecture: Architecture | None
 ) -> list[str]:
     from psft.cli.objective_facts import objective_notes
+
+    common = common_notes("train", data, model, settings, architecture)
+    return [*found.notes, *objective_notes(objective, settings), *_benchmark_notes(settings), *common]
+
+
+def common_notes(command: str, data: Any, model: Any, settings: Any, architecture: Architecture | None) -> list[str]:
+    """What a person should know about model, data and folder before `psft COMMAND`."""
     from psft.models.quickstart import NAME
     from psft.models.resolve import local_folder
+    from psft.recipes import maker_of
 
-    notes = list(found.notes)
-    notes += objective_notes(objective, settings)
-    notes += _benchmark_notes(settings)
+    notes = []
     if model.model_name_or_path is None:
         notes.append("name the model with --model_name_or_path")
     elif local_folder(model.model_name_or_path, model.model_revision) is None:
+        maker = maker_of(model.model_name_or_path)
         how = "builds it in the cache once (92 MB download)" if model.model_name_or_path == NAME else "downloads it"
-        notes.append(f"not at hand: model {model.model_name_or_path}; psft train {how}")
+        how = f"psft {command} {how}" if maker is None else f"psft {maker[0]} {maker[1]} makes it"
+        notes.append(f"not at hand: model {model.model_name_or_path}; {how}")
     if settings.output_dir and any(
         (Path(settings.output_dir) / file).exists() for file in ("run.json", "metrics.jsonl")
     ):
         if not settings.overwrite_output_dir:
             notes.append(
-                f"{settings.output_dir} holds another run: psft train will refuse it; name another --output_dir"
+                f"{settings.output_dir} holds another run: psft {command} will refuse it; name another --output_dir"
             )
     for source in data.eval_dataset or []:
         name, separator, where = source.partition("=")
         where = where if separator and not name.startswith("reasoning-gym:") else source
-        if not _is_local(where):
+        if not is_local(where):
             notes.append(f"not at hand: evaluation data {where}")
     if architecture is not None and settings.max_length and settings.max_length > architecture.context:
         notes.append(
@@ -369,7 +412,6 @@ def _benchmark_notes(settings: Any) -> list[str]:
     """What an evaluation while training takes, or why it would be refused."""
     if not settings.eval_suite:
         return []
-    from psft.errors import RequestError
     from psft.evaluation.in_training import cost_in_words, load_benchmarks
 
     try:
@@ -378,21 +420,24 @@ def _benchmark_notes(settings: Any) -> list[str]:
         return [f"psft train will refuse: {error}"]
 
 
-def _heading(title: str) -> None:
+def heading(title: str) -> None:
+    """Print the title of a section."""
     print(f"\n{title}\n{'-' * len(title)}")
 
 
-def _table(rows: list[tuple[str, str]]) -> None:
+def table(rows: list[tuple[str, str]]) -> None:
+    """Print names and values, aligned."""
     width = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
         print(f"  {name:<{width}}  {value}")
 
 
-def _indent(text: str) -> str:
+def indent(text: str) -> str:
+    """Text as an example stands in the plan."""
     return "\n".join(f"  | {line}" for line in text.splitlines())
 
 
-def _shortened(text: str, most: int = 3000) -> str:
+def shortened(text: str, most: int = 3000) -> str:
     """The beginning and the end of a long example, so that the end token stays in sight. Sizes in characters."""
     if len(text) <= most:
         return text

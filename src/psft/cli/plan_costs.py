@@ -23,8 +23,8 @@ class Lengths:
 
 
 @dataclass(frozen=True)
-class _Extras:
-    """What an objective costs beyond SFT. Parameters count those of the reference; 0 where it needs none.
+class Extras:
+    """What a method costs beyond SFT. Parameters count those of the reference; 0 where it needs none.
 
     num_mini_batches: K of the old pass, 1 without one. copied: in a frozen copy. streamed: of a forward pass at every
     step. scored_once: of one pass over the training set.
@@ -54,6 +54,29 @@ def cost_lines(
         num_steps: optimizer steps of the run; None if not known.
     """
     extras = _extras(model, reference or model, objective, arguments, settings)
+    rows = settings.mini_batch_size
+    lines = cost_table(model, extras, lengths, arguments, settings, rows_per_step=rows, num_steps=num_steps)
+    if reference is None and (extras.streamed or extras.scored_once):
+        lines.append("  the reference's sizes are not at hand; it is counted as large as the model.")
+    return lines
+
+
+def cost_table(
+    model: Architecture,
+    extras: Extras,
+    lengths: Lengths,
+    arguments: Any,
+    settings: Any,
+    *,
+    rows_per_step: int,
+    num_steps: int | None,
+) -> list[str]:
+    """Lines of text: sizes, then memory and time by device, then how they were reckoned.
+
+    Args:
+        arguments: `ModelArguments`. settings: has max_tokens_per_micro_batch and gradient_checkpointing.
+        num_steps: optimizer steps of the run; None if not known.
+    """
     trainable = estimate.lora_parameters(model, arguments.lora_r) if arguments.use_peft else model.num_parameters
     parameters = f"{model.num_parameters:,}" + (f", about {trainable:,} trained" if arguments.use_peft else "")
     if extras.copied:
@@ -62,20 +85,22 @@ def cost_lines(
     lines = [f"  parameters      {parameters}", f"  tokens per row  {mean}"]
     rows: list[tuple[str, ...]] = [("device", "micro-batch", "needed", "fewest devices", "one step", "all steps")]
     for device in (*estimate.ACCELERATORS, estimate.this_cpu()):
-        rows.append(_device_row(device, model, extras, trainable, lengths, arguments, settings, num_steps))
+        rows.append(
+            _device_row(device, model, extras, trainable, lengths, arguments, settings, rows_per_step, num_steps)
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines += [
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
-    return [*lines, *_footnotes(extras, reference)]
+    return [*lines, *_footnotes(extras)]
 
 
 def _extras(
     model: Architecture, reference: Architecture, objective: Objective, arguments: Any, settings: Any
-) -> _Extras:
+) -> Extras:
     is_adapter_off = arguments.use_peft and settings.ref_model_name_or_path is None
     size = reference.num_matmul_parameters
-    return _Extras(
+    return Extras(
         num_mini_batches=settings.train_batch_size // settings.mini_batch_size if objective.needs_old_logps else 1,
         copied=reference.num_parameters if objective.needs_ref_vocabulary and not is_adapter_off else 0,
         streamed=size if objective.needs_ref_vocabulary else 0,
@@ -86,11 +111,12 @@ def _extras(
 def _device_row(
     device: estimate.Device,
     model: Architecture,
-    extras: _Extras,
+    extras: Extras,
     trainable: int,
     lengths: Lengths,
     arguments: Any,
     settings: Any,
+    rows_per_step: int,
     num_steps: int | None,
 ) -> tuple[str, ...]:
     on_cpu = device.name.startswith("this CPU")
@@ -111,7 +137,7 @@ def _device_row(
     step_s = estimate.seconds_per_step(
         model,
         device,
-        tokens_per_step=lengths.mean * settings.mini_batch_size,
+        tokens_per_step=lengths.mean * rows_per_step,
         num_mini_batches=extras.num_mini_batches,
         gradient_checkpointing=settings.gradient_checkpointing,
         reference_matmul_parameters=extras.streamed,
@@ -127,7 +153,7 @@ def _device_row(
     return device.name, f"{tokens} tok", needed, devices, duration(step_s), total
 
 
-def _footnotes(extras: _Extras, reference: Architecture | None) -> list[str]:
+def _footnotes(extras: Extras) -> list[str]:
     shares = ", ".join(f"{device.name} {device.utilisation:.0%}" for device in estimate.ACCELERATORS)
     cpu = f"CPU {estimate.CPU_UTILISATION:.0%} (its peak measured now, in float32)"
     operations = "6 N per token"
@@ -142,8 +168,6 @@ def _footnotes(extras: _Extras, reference: Architecture | None) -> list[str]:
     ]
     if extras.scored_once:
         lines.append("  all steps: includes 2 N of the reference once for every token of the training set.")
-    if reference is None and (extras.streamed or extras.scored_once):
-        lines.append("  the reference's sizes are not at hand; it is counted as large as the model.")
     return lines
 
 

@@ -1,4 +1,5 @@
-"""Named settings: one YAML file for each setting of the paper, and the quick start. Keys are those of `psft train`.
+"""Named settings: one YAML file for each setting of the paper, and the quick starts. Keys are those of the command that
+a recipe is for: `psft train`, or the one that its key `stage` names.
 
 A recipe may come from anywhere. It is data: no tag makes a Python object, aliases cannot multiply a few lines into
 gigabytes, and its size and depth are bounded, so that reading one ends in settings or in one `RequestError`.
@@ -14,6 +15,9 @@ from typing import Any
 from psft.errors import RequestError, shown
 
 _DATASETS_FILE = "datasets.yaml"
+STAGE = "stage"
+"""The one key that is no setting: the command a recipe is for, `train` where it has none."""
+STAGES = ("train", "dpo", "grpo")
 MAX_BYTES = 1 << 16  # of a recipe file; the longest of ours has 2 KB, and YAML is read slowly
 MAX_VALUES = 10_000  # of a recipe with every alias written out
 MAX_DEPTH = 32  # lists and mappings inside each other; PyYAML takes ever longer with depth, then runs out of stack
@@ -79,6 +83,26 @@ def load_recipe(name_or_path: str) -> dict[str, Any]:
     """
     items = parse_settings(read_text(name_or_path), f"recipe {shown(name_or_path)}")
     return {key: value for key, value, _ in items}
+
+
+def stage_of(name_or_path: str) -> str:
+    """The command a recipe is for.
+
+    Raises:
+        RequestError: it cannot be read, or names a command that is none.
+    """
+    stage = load_recipe(name_or_path).get(STAGE, "train")
+    if stage not in STAGES:
+        raise RequestError(f"recipe {shown(name_or_path)}: {STAGE}={shown(stage, 40)} is none of {', '.join(STAGES)}.")
+    return str(stage)
+
+
+def maker_of(folder: str) -> tuple[str, str] | None:
+    """The command and the recipe that leave their model in `folder`, or None."""
+    for name in names():
+        if load_recipe(name).get("output_dir") == folder:
+            return stage_of(name), name
+    return None
 
 
 def parse_settings(text: str, where: str) -> list[tuple[str, Any, int]]:
