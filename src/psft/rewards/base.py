@@ -20,15 +20,17 @@ TIMED_OUT = "timed out"
 class Grade:
     """What a grader says of one response.
 
-    score: 0.0 or 1.0 (a reward of the user's own may be fractional). extracted: the answer found in the response;
-    None = none was found, which is counted and never guessed. reason: in a few words, as "equal as numbers".
+    score: 0.0 or 1.0; reasoning-gym's scorers and rewards may say something else. extracted: the answer found in the
+    response; None = none was found, which is counted and never guessed. reason: in a few words, as "equal as numbers".
     details: what else the grader knows, JSON values by name; for mathematics {"strict": 0.0, "psft": 1.0}.
+    is_failure: the row could not be graded (an exception, no time or memory left): the score says nothing about it.
     """
 
     score: float
     extracted: str | None
     reason: str
     details: Mapping[str, Any] = field(default_factory=dict)
+    is_failure: bool = False
 
     @property
     def is_timed_out(self) -> bool:

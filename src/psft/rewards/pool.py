@@ -72,6 +72,38 @@ def grade_rows(
     return _Pool(count, (grader_name, settings, time_limit)).grade(rows)
 
 
+class GradingPool:
+    """`grade_rows` for a caller that comes again and again: the workers stay, so that only the first call pays for
+    their start. `close` ends them; so does the end of this process.
+
+    Args:
+        as `grade_rows` takes them. Nothing is started before the first rows come.
+    """
+
+    def __init__(
+        self, grader_name: str, *, num_workers: int | None = None, time_limit: float = 5.0, **settings: Any
+    ) -> None:
+        self.grader = get_grader(grader_name, **settings)
+        self._pool: _Pool | None = None
+        if not self.grader.is_quick:
+            count = num_workers or logical_cores()
+            self._pool = _Pool(count, (grader_name, settings, time_limit))
+
+    def grade(self, rows: Iterable[Row]) -> list[Grade]:
+        """The grade of every row, in order.
+
+        Raises:
+            RequestError: a row cannot be used. RunFailed: workers cannot be started.
+        """
+        if self._pool is None:
+            return [self.grader(row) for row in rows]
+        return list(self._pool.grade(rows, keeps_workers=True))
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.end()
+
+
 class _Worker:
     """A process, the rows it has been told, first in first out, and when it must have said something again."""
 
@@ -133,9 +165,11 @@ class _Pool:
         self.grades: dict[int, Grade] = {}
         self.jobs: deque[_Job] = deque()
 
-    def grade(self, rows: Iterable[Row | None]) -> Iterator[Grade]:
+    def grade(self, rows: Iterable[Row | None], *, keeps_workers: bool = False) -> Iterator[Grade]:
+        """Yield the grades. keeps_workers: once all are given the workers wait for the next call; else they are ended,
+        as they are whenever this ends early."""
         source = iter(rows)
-        is_read = False
+        is_read = is_whole = False
         num_read = num_given = 0
         try:
             while True:
@@ -159,10 +193,17 @@ class _Pool:
                     yield self.grades.pop(num_given)
                     num_given += 1
                 if is_read and num_given == num_read:
+                    is_whole = True
                     return
         finally:
-            for worker in self.workers:
-                worker.end()
+            if not (is_whole and keeps_workers):
+                self.end()
+
+    def end(self) -> None:
+        """End the workers; a later call starts others."""
+        for worker in self.workers:
+            worker.end()
+        self.workers, self.grades, self.jobs = [], {}, deque()
 
     def _start(self) -> None:
         num_wanted = min(self.num_workers, -(-len(self.jobs) // ROWS_PER_WORKER))
@@ -224,4 +265,4 @@ def _grade_of_the_dead(code: int, is_silent: bool, time_limit: float) -> Grade:
     if is_silent or code == -signal.SIGPROF:
         return timed_out(time_limit)
     how = signal.Signals(-code).name if -code in set(signal.Signals) else f"code {code}"
-    return Grade(0.0, None, f"its worker process died over it ({shown(how)})")
+    return Grade(0.0, None, f"its worker process died over it ({shown(how)})", is_failure=True)

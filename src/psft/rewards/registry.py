@@ -18,25 +18,40 @@ _REGISTERED = {
     "math": "psft.rewards.mathematics:MathGrader",
     "choice": "psft.rewards.choice:ChoiceGrader",
     "ifeval": "psft.rewards.instructions:InstructionGrader",
+    "reasoning_gym": "psft.rewards.gym:GymGrader",
 }
 """Name -> module:class. The class's constructor takes the grader's settings as keywords."""
+
+_REWARDS = {
+    "format": "psft.rewards.shaping:FormatReward",
+    "length": "psft.rewards.shaping:LengthReward",
+    "overlong": "psft.rewards.shaping:OverlongPunishment",
+    "function": "psft.rewards.function:FunctionReward",
+}
+"""What reinforcement learning rewards besides right answers. Found by name like a grader; none grades an answer."""
 
 
 def grader_names() -> list[str]:
     return list(_REGISTERED)
 
 
+def reward_names() -> list[str]:
+    """What a reward may be called: the graders, and what only reinforcement learning uses."""
+    return [*_REGISTERED, *(name for name in _REWARDS if name != "function")]
+
+
 def get_grader(name: str, **settings: Any) -> Grader:
     """The grader called `name`.
 
     Args:
-        name: math, choice or ifeval; or "module:Class" for one of your own, which has what `Grader` says.
+        name: math, choice, ifeval, reasoning_gym; or "module:Class" for one of your own, which has what `Grader` says.
         settings: of that grader; each has a default. math: policy, require_boxed, relative_tolerance. ifeval: is_loose,
-            nltk_data.
+            nltk_data. reasoning_gym: extract.
+            The names of `reward_names` are found, too.
     Raises:
         RequestError: no such grader or setting (with the nearest), or a wrong value.
     """
-    grader = _imported(_REGISTERED.get(name, name))
+    grader = _imported({**_REWARDS, **_REGISTERED}.get(name, name))
     known = list(inspect.signature(grader).parameters)
     for setting in settings:
         if setting not in known:

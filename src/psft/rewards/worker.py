@@ -70,13 +70,14 @@ def _grade_in_time(grader: Grader, row: Any, time_limit: float) -> Grade:
     except _TimeIsUp:
         return timed_out(time_limit)
     except MemoryError:
-        return Grade(0.0, None, f"needed more than {MEMORY_LIMIT >> 30} GiB of memory")
+        return Grade(0.0, None, f"needed more than {MEMORY_LIMIT >> 30} GiB of memory", is_failure=True)
     except Exception as error:  # whatever sympy makes of an expression nobody has tried before
-        return Grade(0.0, None, f"could not be graded: {type(error).__name__}: {shown(first_line(error), 120)}")
+        said = f"could not be graded: {type(error).__name__}: {shown(first_line(error), 120)}"
+        return Grade(0.0, None, said, is_failure=True)
 
 
 def timed_out(time_limit: float) -> Grade:
-    return Grade(0.0, None, f"{TIMED_OUT} after {time_limit:g} s")
+    return Grade(0.0, None, f"{TIMED_OUT} after {time_limit:g} s", is_failure=True)
 
 
 @contextlib.contextmanager
