@@ -271,6 +271,67 @@ class DPOFields(RunFields):
     )
 
 
+@dataclass(kw_only=True)
+class GRPOFields:
+    """What GRPO adds to `trl.GRPOConfig`. Batch sizes count prompts over all ranks."""
+
+    train_batch_size: int = _setting(
+        256, "Prompts whose answers share one old policy; each has num_generations answers."
+    )
+    mini_batch_size: int = _setting(32, "Prompts of one optimizer step.")
+    rewards: dict[str, float] | None = _setting(
+        None,
+        "What answers are rewarded for, with weights: math=1,format=0.1. math, choice, ifeval, reasoning_gym, format, "
+        "length, or your own module:function.",
+    )
+    reward_settings: dict[str, Any] | None = _setting(
+        None, 'Settings of the rewards by name, as JSON: {"math": {"policy": "psft"}}.'
+    )
+    reward_time_limit: float = _setting(5.0, "Processor seconds that grading an answer may take.")
+    reward_workers: int | None = _setting(
+        None, "Processes that grade, on each rank. Default: the processors it may use."
+    )
+    on_reward_failure: str | None = _setting(
+        None,
+        "Where a reward raises, says NaN, hangs or returns too few numbers: stop, zero_and_count or drop_group. "
+        "Default: drop_group with dynamic sampling, else zero_and_count.",
+    )
+    overlong_buffer: int | None = _setting(
+        None,
+        "Tokens below max_completion_length over which an answer loses up to overlong_weight, linearly; 0 = none. "
+        "Default: a fifth of max_completion_length.",
+    )
+    overlong_weight: float = _setting(1.0, "What an answer of max_completion_length tokens loses.")
+    dynamic_sampling: bool = _setting(
+        True, "Drop groups whose answers are rewarded alike, and sample on until the batch is full."
+    )
+    dynamic_sampling_by: str = _setting(
+        "total", "What has to differ in a group: total, the weighed sum of all rewards, or one of them by name."
+    )
+    reward_std_tolerance: float = _setting(
+        1e-6, "Largest standard deviation of the rewards of a group that counts as alike."
+    )
+    max_sampling_rounds: int = _setting(
+        10, "Rounds of sampling for one batch; then it is trained as full as it is, or the run ends if it is empty."
+    )
+    sampling_batch_size: int | None = _setting(None, "Prompts sampled in a round. Default: train_batch_size.")
+    max_prompt_length: int | None = _setting(
+        2048, "Longest prompt in tokens, template included; longer ones are left out and counted."
+    )
+    keep_duplicates: bool = _setting(False, "Keep every copy of a prompt; else the first alone is used.")
+    kl_to_start: bool = _setting(
+        False, "Keep a copy of the model as it began and record how far the policy is from it (kl_start_k3)."
+    )
+    force_pure_bf16: bool = _setting(False, "Allow bfloat16 weights although updates at lr 1e-6 vanish in them.")
+    resume: bool = _setting(
+        False, "Go on with the run in output_dir from its newest complete checkpoint; begin it if there is none."
+    )
+    allow_pickle: bool = _setting(
+        False, "Load weights that exist only as pickles (.bin), which can hold code; else safetensors alone are read."
+    )
+    overwrite_output_dir: bool = _setting(False, "Replace the run that output_dir holds.")
+
+
 OBJECTIVE_SETTINGS = tuple(item.name for item in fields(ObjectiveFields))
 """Names of the settings that belong to objectives, each to some of them."""
 
