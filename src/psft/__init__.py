@@ -8,10 +8,25 @@ Importing the package is cheap: the trainer and its configuration are loaded on 
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["DPOStageConfig", "DPOStageTrainer", "PSFTConfig", "PSFTTrainer", "__version__"]
+__all__ = [
+    "DPOStageConfig",
+    "DPOStageTrainer",
+    "GRPOStageConfig",
+    "GRPOStageTrainer",
+    "PSFTConfig",
+    "PSFTTrainer",
+    "__version__",
+]
 
 if TYPE_CHECKING:
-    from psft.trainers import DPOStageConfig, DPOStageTrainer, PSFTConfig, PSFTTrainer
+    from psft.trainers import (
+        DPOStageConfig,
+        DPOStageTrainer,
+        GRPOStageConfig,
+        GRPOStageTrainer,
+        PSFTConfig,
+        PSFTTrainer,
+    )
 
 
 def __getattr__(name: str) -> Any:

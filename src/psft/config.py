@@ -80,7 +80,7 @@ class LaunchArguments:
 class PlanArguments:
     """What is planned."""
 
-    stage: str = _setting("train", "The command that is planned: train or dpo. A recipe says it by itself.")
+    stage: str = _setting("train", "The command that is planned: train, dpo or grpo. A recipe says it by itself.")
 
 
 @dataclass(kw_only=True)
@@ -272,7 +272,7 @@ class DPOFields(RunFields):
 
 
 @dataclass(kw_only=True)
-class GRPOFields:
+class GRPOFields(RunFields):
     """What GRPO adds to `trl.GRPOConfig`. Batch sizes count prompts over all ranks."""
 
     train_batch_size: int = _setting(
@@ -319,17 +319,10 @@ class GRPOFields:
         2048, "Longest prompt in tokens, template included; longer ones are left out and counted."
     )
     keep_duplicates: bool = _setting(False, "Keep every copy of a prompt; else the first alone is used.")
+    chat_template_path: str | None = _setting(None, "File or model folder whose chat template is used instead.")
     kl_to_start: bool = _setting(
         False, "Keep a copy of the model as it began and record how far the policy is from it (kl_start_k3)."
     )
-    force_pure_bf16: bool = _setting(False, "Allow bfloat16 weights although updates at lr 1e-6 vanish in them.")
-    resume: bool = _setting(
-        False, "Go on with the run in output_dir from its newest complete checkpoint; begin it if there is none."
-    )
-    allow_pickle: bool = _setting(
-        False, "Load weights that exist only as pickles (.bin), which can hold code; else safetensors alone are read."
-    )
-    overwrite_output_dir: bool = _setting(False, "Replace the run that output_dir holds.")
 
 
 OBJECTIVE_SETTINGS = tuple(item.name for item in fields(ObjectiveFields))

@@ -17,11 +17,12 @@ PAPER = [
     "math-qwen2.5-7b-psft-noclip", "math-qwen2.5-7b-psft-warmup", "math-qwen2.5-7b-sft", "math-qwen2.5-7b-sft-kl",
     "math-qwen2.5-7b-sft-matched",
 ]  # fmt: skip
+STAGES = ["align-qwen3-4b-dpo", "math-llama3.1-8b-grpo", "math-qwen2.5-7b-grpo"]
 
 
 def test_every_setting_of_the_paper_has_a_recipe() -> None:
     """Goes red if a file is missing from the package, or the data set table is listed as a recipe."""
-    assert recipes.names() == ["quickstart", *sorted([*PAPER, "align-qwen3-4b-dpo", "dpo-quickstart"])]
+    assert recipes.names() == ["quickstart", *sorted([*PAPER, *STAGES, "dpo-quickstart", "grpo-quickstart"])]
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -69,7 +70,7 @@ def test_the_values_of_dpo_are_those_of_table_9() -> None:
     assert recipes.known_dataset(recipe["dataset"], recipe["dataset_split"]) is not None
 
 
-@pytest.mark.parametrize("name", [*PAPER, "align-qwen3-4b-dpo"])
+@pytest.mark.parametrize("name", [*PAPER, *STAGES])
 def test_every_value_of_a_paper_recipe_names_its_source(name: str) -> None:
     """Goes red if a line loses its comment (output_dir needs none)."""
     lines = recipes.read_text(name).splitlines()[1:]
@@ -99,7 +100,7 @@ def test_the_command_lists_and_prints(capsys: pytest.CaptureFixture[str]) -> Non
     """Goes red if a recipe loses its describing first line."""
     assert run([]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 + len(PAPER) and all(len(line.split(maxsplit=1)[1]) > 20 for line in lines)
+    assert len(lines) == 3 + len(PAPER) + len(STAGES) and all(len(line.split(maxsplit=1)[1]) > 20 for line in lines)
     assert run(["quickstart"]) == 0
     assert capsys.readouterr().out == recipes.read_text("quickstart")
     with pytest.raises(RequestError, match="one name"):

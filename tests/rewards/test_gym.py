@@ -11,12 +11,13 @@ from psft.rewards import get_grader
 SOURCE = "reasoning-gym:chain_sum?size=4&seed=7&max_terms=3&max_digits=2"
 
 
-@pytest.mark.parametrize("extract", ["auto", "tag", "boxed", "last_line", "whole"])
+@pytest.mark.parametrize("extract", ["auto", "tag", "boxed", "last_line", "last_number", "whole"])
 def test_the_right_answer_is_found_where_it_should_be(extract):
     """Goes red if an extractor takes another part, or the entry scored is not the one shown."""
     writings = {
         "auto": "It is <answer>{}</answer>.", "tag": "<answer>0</answer> no: <answer> {} </answer>",
-        "boxed": r"so \boxed{{{}}}", "last_line": "Let me see.\n{}\n", "whole": " {} ",
+        "boxed": r"so \boxed{{{}}}", "last_line": "Let me see.\n{}\n", "last_number": "7 + 8 = {}.",
+        "whole": " {} ",
     }  # fmt: skip
     grader, task = get_grader("reasoning_gym", extract=extract), open_gym_task(SOURCE)
     for index in range(4):

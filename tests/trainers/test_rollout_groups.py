@@ -48,6 +48,7 @@ def test_groups_of_different_batches_keep_every_token_in_its_place():
     joined = join_groups([groups[2], groups[0]], PAD)
     assert contents(joined) == [*contents(other), *contents(one)[:2]]
     assert joined["prompt_ids"].shape == (4, 5) and joined["completion_ids"].shape == (4, 7)
+    assert bool(joined["prompt_mask"][:, -1].all()) and bool(joined["completion_mask"][:, 0].all())  # no gap between
     assert (joined["prompt_ids"][joined["prompt_mask"] == 0] == PAD).all()
     assert (joined["completion_ids"][joined["completion_mask"] == 0] == PAD).all()
 

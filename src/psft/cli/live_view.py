@@ -20,6 +20,8 @@ _CURVES = (
     ("nll", "NLL", "nats/token", "{:.3f}"),
     ("entropy", "entropy", "nats/token", "{:.3f}"),
     ("clip_fraction", "clipped", "of tokens", "{:.2%}"),
+    ("reward_mean", "reward", "mean", "{:.3f}"),
+    ("kept_group_share", "groups kept", "of prompts", "{:.1%}"),
     ("rewards_margin", "margin", "of rewards", "{:.4f}"),
     ("rewards_accuracy", "ranked right", "of pairs", "{:.1%}"),
     ("drift_nats_per_token", "drift", "nats/token", "{:.4f}"),

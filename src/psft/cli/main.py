@@ -19,7 +19,8 @@ from psft.errors import RequestError, RunFailed
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("psft.cli.train", "fine-tune a model on demonstrations"),
     "dpo": ("psft.cli.dpo", "preference optimisation (DPO) on top of a fine-tuned model"),
-    "plan": ("psft.cli.plan", "dry run of train or dpo: settings, steps, data, memory and time, without weights"),
+    "grpo": ("psft.cli.grpo", "reinforcement learning (GRPO with all of DAPO) on top of a fine-tuned model"),
+    "plan": ("psft.cli.plan", "dry run of train, dpo or grpo: settings, steps, data, memory and time, without weights"),
     "recipes": ("psft.cli.recipes", "list the recipes, or print one"),
     "report": ("psft.cli.report", "one-file HTML, figures and tables from run folders, also while a run goes on"),
     "eval": ("psft.cli.eval", "evaluate a model on benchmarks: avg@k, pass@k, maj@k with errors; resumable"),

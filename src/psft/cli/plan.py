@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from psft.models.architectures import Architecture
     from psft.objectives import Objective
 
-HELP = "Dry run of psft train or psft dpo: settings, steps, data, memory and time; no weights, no network."
+HELP = "Dry run of psft train, dpo or grpo: settings, steps, data, memory and time; no weights, no network."
 
 _SHOWN = (
     "loss_aggregation",
@@ -68,8 +68,12 @@ def run(argv: list[str]) -> int:
         from psft.cli import plan_dpo
 
         return plan_dpo.run(argv)
+    if stage == "grpo":
+        from psft.cli import plan_grpo
+
+        return plan_grpo.run(argv)
     if stage != "train":
-        raise RequestError(f"psft plan knows train and dpo, not {shown(stage, 40)}.")
+        raise RequestError(f"psft plan knows train, dpo and grpo, not {shown(stage, 40)}.")
     return _plan_training(argv)
 
 

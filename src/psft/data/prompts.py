@@ -17,6 +17,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from psft.data.demonstrations import final_answer
@@ -108,6 +109,7 @@ def prepare_prompts(
     on_bad_row: str = "error",
     max_rows: int | None = None,
     keeps_duplicates: bool = False,
+    rejected_path: Path | None = None,
 ) -> PreparedPrompts:
     """Read and check the prompts of `source`.
 
@@ -115,6 +117,7 @@ def prepare_prompts(
         check: (fields, messages) -> raises RequestError if a reward lacks something.
         columns: role -> field: prompt, gold, or any name a reward wants.
         on_bad_row: "error" stops and lists the first ten bad rows; "skip" leaves them out.
+        rejected_path: where rows that are not used are written, copies apart; nothing is written if there is none.
     Raises:
         RequestError: the source cannot be read, rows are bad and `on_bad_row` is "error", or no prompt is left.
     """
@@ -151,6 +154,8 @@ def prepare_prompts(
     report.num_used = len(rows)
     report.num_rejected = len(rejections) - report.num_too_long
     report.reasons = dict(reasons)
+    if rejected_path is not None and rejections:
+        rejected_path.write_text("".join(f"{rejection.to_json()}\n" for rejection in rejections), encoding="utf-8")
     _stop_on_bad_rows(report, rejections, on_bad_row)
     return PreparedPrompts(rows, report, rejections)
 
@@ -176,10 +181,10 @@ def _understood(row: Row, columns: Mapping[str, str], system_prompt: str | None)
         if name not in fields:
             raise RowRejected(f"the column {name} of columns is missing", f"for {role}")
         fields[role] = fields.pop(name) if role != name else fields[name]
-    name = next((name for name in _PROMPT_FIELDS if fields.get(name) is not None), None)
-    if name is None:
+    found = next((field for field in _PROMPT_FIELDS if fields.get(field) is not None), None)
+    if found is None:
         raise RowRejected("no prompt", f"one of the fields {', '.join(_PROMPT_FIELDS)}; or columns=prompt=FIELD")
-    messages = _messages(fields.pop(name), name)
+    messages = _messages(fields.pop(found), found)
     if system_prompt and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system_prompt})
     gold = _gold(fields)

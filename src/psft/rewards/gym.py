@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from psft.data.demonstrations import last_number
 from psft.data.gym import open_gym_task
 from psft.errors import RequestError
 from psft.rewards.base import Grade, text_field
@@ -31,6 +32,7 @@ _EXTRACTORS: dict[str, tuple[Callable[[str], str | None], ...]] = {
     "tag": (_tagged,),
     "boxed": (last_box,),
     "last_line": (_last_line,),
+    "last_number": (last_number,),
     "whole": (lambda response: response.strip() or None,),
 }
 
@@ -39,8 +41,9 @@ class GymGrader:
     r"""Grades `response` to the entry `gym_index` (from 0) of `gym_source`, as `reasoning-gym:chain_sum?size=500`.
 
     Args:
-        extract: what of the response is the answer: tag (`<answer>...</answer>`), boxed (`\boxed{}`), last_line, whole,
-            or auto: tag, else box, else what follows "the answer is". None found: score 0, and counted.
+        extract: what of the response is the answer: tag (`<answer>...</answer>`), boxed (`\boxed{}`), last_line,
+            last_number, whole, or auto: tag, else box, else what follows "the answer is". None found: score 0, and
+            counted.
     """
 
     name = "reasoning_gym"

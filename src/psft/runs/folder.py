@@ -23,6 +23,8 @@ RUN_FILES = (
     "clipped_tokens.parquet",
     "eval.jsonl",
     "rejected.jsonl",
+    "answers.jsonl",
+    "reward_failures.jsonl",
     "summary.json",
 )
 """The files a run owns beside its checkpoints and the model."""
@@ -142,7 +144,8 @@ class RunFolder:
             file.write(line)
 
     def cut_back(self, step: int, *, num_eval_rows: int | None = None) -> None:
-        """Remove the rows of metrics.jsonl, probe.jsonl and eval.jsonl that a run resumed from a checkpoint repeats.
+        """Remove the rows of metrics.jsonl, probe.jsonl, eval.jsonl, answers.jsonl and reward_failures.jsonl that a run
+        resumed from a checkpoint repeats.
         A file is replaced whole or stays as it was.
 
         Args:
@@ -150,7 +153,8 @@ class RunFolder:
             num_eval_rows: rows eval.jsonl had when the checkpoint was written; later ones go, of `step` itself, too:
                 what is measured after a checkpoint is measured again. None = not known, by step alone.
         """
-        for name, number in (("metrics.jsonl", None), ("probe.jsonl", None), ("eval.jsonl", num_eval_rows)):
+        of_steps = ("metrics.jsonl", "probe.jsonl", "answers.jsonl", "reward_failures.jsonl")
+        for name, number in (*((name, None) for name in of_steps), ("eval.jsonl", num_eval_rows)):
             rows = self.read_rows(name)
             kept = [row for row in rows[: 0 if step == 0 else number] if row.get("step", 0) <= step]
             path = self.path / name

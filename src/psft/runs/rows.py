@@ -54,6 +54,32 @@ class MetricsRow(TypedDict, total=False):
     """DPO: mean over pairs of the chosen answer's summed log-prob, nats."""
     logps_rejected: float | None
     """DPO: the same of the rejected answer."""
+    reward_mean: float | None
+    """GRPO: mean reward of all that was sampled for the batch, dropped groups included; in the row of its first step."""
+    reward_std: float | None
+    """GRPO: standard deviation of those rewards."""
+    kept_group_share: float | None
+    """GRPO: share of the sampled prompts whose answers were rewarded unlike."""
+    sampling_rounds: int
+    """GRPO: rounds of sampling the batch took; 0 if enough groups were carried over."""
+    groups_sampled: int
+    """GRPO: prompts sampled for the batch."""
+    groups_trained: int
+    """GRPO: prompts whose answers the batch holds; fewer than train_batch_size where the rounds ran out."""
+    groups_carried_over: int
+    """GRPO: good groups left for the next batch."""
+    reward_failures: int
+    """GRPO: answers for which a reward failed, since the last row (`reward_failures.jsonl`)."""
+    completion_length_mean: float | None
+    """GRPO: tokens of a sampled answer, mean; also `_min` and `_max`."""
+    truncated_share: float | None
+    """GRPO: share of the sampled answers that ended at max_completion_length."""
+    clip_fraction_low: float | None
+    """GRPO: share of tokens clipped at the lower bound (worse answers)."""
+    clip_fraction_high: float | None
+    """GRPO: share of tokens clipped at the upper bound (better answers)."""
+    kl_start_k3: float | None
+    """GRPO with kl_to_start: KL(policy || the model as it began) per token of the sampled answers, nats, estimator k3."""
     mean_token_accuracy: float | None
     """Share of counted tokens (DPO: of chosen answers) that the policy finds likeliest."""
     clip_fraction: float | None

@@ -6,11 +6,13 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["DPOStageConfig", "DPOStageTrainer", "PSFTConfig", "PSFTTrainer"]
+__all__ = ["DPOStageConfig", "DPOStageTrainer", "GRPOStageConfig", "GRPOStageTrainer", "PSFTConfig", "PSFTTrainer"]
 
 _MODULES = {
     "DPOStageConfig": "dpo_config",
     "DPOStageTrainer": "dpo_trainer",
+    "GRPOStageConfig": "grpo_config",
+    "GRPOStageTrainer": "grpo_trainer",
     "PSFTConfig": "psft_config",
     "PSFTTrainer": "psft_trainer",
 }
@@ -18,6 +20,8 @@ _MODULES = {
 if TYPE_CHECKING:
     from psft.trainers.dpo_config import DPOStageConfig
     from psft.trainers.dpo_trainer import DPOStageTrainer
+    from psft.trainers.grpo_config import GRPOStageConfig
+    from psft.trainers.grpo_trainer import GRPOStageTrainer
     from psft.trainers.psft_config import PSFTConfig
     from psft.trainers.psft_trainer import PSFTTrainer
 

@@ -17,12 +17,13 @@ from psft.ops.precision import MATMUL_PRECISIONS, matmul_precision, set_matmul_p
 
 if TYPE_CHECKING:
     from psft.trainers.dpo_config import DPOStageConfig
+    from psft.trainers.grpo_config import GRPOStageConfig
     from psft.trainers.psft_config import PSFTConfig
 
 logger = logging.getLogger(__name__)
 
 
-def compute_problems(args: PSFTConfig | DPOStageConfig) -> list[str]:
+def compute_problems(args: PSFTConfig | DPOStageConfig | GRPOStageConfig) -> list[str]:
     """What is wrong with the two settings; a number of threads given as text becomes a number."""
     problems = []
     if args.num_threads not in (None, "auto"):
@@ -41,7 +42,7 @@ def compute_problems(args: PSFTConfig | DPOStageConfig) -> list[str]:
     return problems
 
 
-def use_machine(args: PSFTConfig | DPOStageConfig) -> None:
+def use_machine(args: PSFTConfig | DPOStageConfig | GRPOStageConfig) -> None:
     """Set what `num_threads` and `matmul_precision` ask for, for the rest of this process; None leaves it as it is.
 
     num_threads auto: one thread a physical core that this process may use, shared by the job's ranks on this machine.

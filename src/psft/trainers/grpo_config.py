@@ -16,15 +16,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import trl
 
 from psft.config import GRPOFields
 from psft.errors import RequestError
-from psft.ops.precision import has_native_bf16
 from psft.rewards.reward_set import RewardSet
 from psft.trainers.dynamic_sampling import Limits
-from psft.trainers.trackers import refused_trackers
+from psft.trainers.run_settings import run_problems, settle_determinism, settle_machine
 
 logger = logging.getLogger(__name__)
 
@@ -56,11 +54,7 @@ class GRPOStageConfig(GRPOFields, trl.GRPOConfig):  # type: ignore[misc]  # trai
     disable_dropout: bool = field(default=True, metadata={"help": "Dropout makes the ratio noise."})
 
     def __post_init__(self) -> None:
-        self.logging_nan_inf_filter = False  # a loss that is not finite is shown
-        if self.bf16 is None and not self.fp16:
-            self.bf16 = has_native_bf16()
-        if not torch.accelerator.is_available():
-            self.use_cpu = True  # transformers refuses bf16 on a CPU unless told so
+        settle_machine(self)
         problems = [*self._resolve_batch_sizes(), *self._refusals()]
         if problems:
             raise RequestError("; ".join(problems) + ".")
@@ -72,7 +66,8 @@ class GRPOStageConfig(GRPOFields, trl.GRPOConfig):  # type: ignore[misc]  # trai
                 raise
             except ValueError as error:  # TRL and transformers check their own settings this way
                 raise RequestError(" ".join(str(error).split())) from error
-        if problems := refused_trackers(self.report_to or []):
+        settle_determinism(self)
+        if problems := run_problems(self):
             raise RequestError("; ".join(problems) + ".")
         if self.world_size != _num_ranks():
             raise RequestError(
@@ -173,8 +168,6 @@ class GRPOStageConfig(GRPOFields, trl.GRPOConfig):  # type: ignore[misc]  # trai
         known = ["total", *(self.rewards or {}), *(["overlong"] if self.overlong_buffer else [])]
         if self.rewards is not None and self.dynamic_sampling_by not in known:
             problems.append(f"dynamic_sampling_by={self.dynamic_sampling_by} must be one of {', '.join(known)}")
-        if self.resume and self.overwrite_output_dir:
-            problems.append("resume goes on with the run in output_dir and overwrite_output_dir removes it. Give one")
         return problems
 
     @property

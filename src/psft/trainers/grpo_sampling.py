@@ -49,6 +49,9 @@ class SamplingTrainer(trl.GRPOTrainer):
 
     args: GRPOStageConfig
     train_dataset: Any
+    model: Any
+    num_generations: int
+    num_generations_eval: int
 
     def __init__(
         self,

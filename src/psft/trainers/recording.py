@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 _NOTED = (
     "nll", "entropy", "clip_fraction", "grad_norm", "drift_nats_per_token",
-    "rewards_margin", "rewards_accuracy",
+    "rewards_margin", "rewards_accuracy", "reward_mean", "kept_group_share", "completion_length_mean",
+    "truncated_share", "kl_start_k3",
 )  # fmt: skip
 """Metrics whose first and last value the summary holds."""
 
