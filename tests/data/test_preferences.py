@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from psft.data import prepare as preparation
 from psft.data import prepare_preferences, render_pair
 from psft.data.preferences import TokenPair, cut_pair, pair_lengths
 from psft.errors import RequestError
@@ -81,6 +82,39 @@ def test_the_pairs_are_tokenised_as_demonstrations_are(prepare, tiny_tokenizer, 
     ids = pair["prompt_ids"] + pair["chosen_ids"]
     assert demonstration["input_ids"][: len(ids)] == ids  # the template writes a newline after the end token
     assert [label for label in demonstration["labels"] if label != -100] == pair["chosen_ids"]
+
+
+def test_pairs_come_from_the_cache_and_from_other_processes_as_they_are_made_here(
+    prepare, tiny_tokenizer, tmp_path, monkeypatch
+):
+    """Goes red if an encoder of pairs does not arrive whole in another process (its cut, its format), batches change
+    places, or an entry of the cache is that of another `truncation`."""
+    monkeypatch.setattr(preparation, "_BATCH_ROWS", 4)
+    monkeypatch.setattr(preparation, "_SMALL", 8)
+    rows: list[Any] = [
+        {
+            "prompt": f"case {i}",
+            "chosen": f"{GOOD} " * (1 + i % 7),
+            "rejected": f"{BAD} {i}" + " <|im_end|>" * (i % 9 == 2),
+        }
+        for i in range(40)
+    ]
+    rows[5], rows[30] = "{broken", {"prompt": "a twin", "chosen": GOOD, "rejected": GOOD}
+
+    def made(name: str, **options: Any) -> tuple[Any, ...]:
+        rejected = tmp_path / f"{name}.jsonl"
+        found = prepare(rows, max_length=64, on_bad_row="skip", rejected_path=rejected, **options)
+        return found.table.to_pydict(), found.report, rejected.read_text(), found.cached_in
+
+    cache = tmp_path / "cache"
+    here, there, first = made("here", num_processes=1), made("there", num_processes=3), made("first", cache_dir=cache)
+    monkeypatch.setattr(preparation, "in_order", None)  # whoever encodes again fails
+    again = made("again", cache_dir=cache)
+    assert here[:3] == there[:3] == first[:3] == again[:3]
+    assert (first[3], again[3]) == (None, cache)
+    assert here[1].num_rejected == 2 and here[1].num_truncated > 0 and here[1].num_with_special_text > 0
+    with pytest.raises(TypeError, match="NoneType"):
+        made("cut otherwise", cache_dir=cache, truncation="llama_factory")
 
 
 def test_several_turns_and_system_prompts(prepare, tiny_tokenizer):

@@ -60,7 +60,7 @@ def test_an_entry_gives_what_preparing_gives(prepared, tmp_path, monkeypatch, ca
     """Goes red if a row, a count, a rejection or a warning is lost on the way through the files, or none are read."""
     direct, direct_rejections = prepared(cache_dir=None)
     first, _ = prepared()
-    monkeypatch.setattr(prepare, "RowEncoder", None)  # whoever encodes again fails
+    monkeypatch.setattr(prepare, "in_order", None)  # whoever encodes again fails
     caplog.clear()
     again, rejections = prepared()
     assert again.table.equals(direct.table) and first.table.equals(direct.table)

@@ -24,7 +24,15 @@ from psft.data.prepared_cache import PreparedCache
 from psft.data.render import decode
 from psft.data.rows import Row
 from psft.data.sources import Source, open_source
-from psft.data.tally import DataReport, Outcome, gather, make_report, stop_on_bad_rows, write_rejections
+from psft.data.tally import (
+    DataReport,
+    Outcome,
+    check_on_bad_row,
+    gather,
+    make_report,
+    stop_on_bad_rows,
+    write_rejections,
+)
 from psft.data.workers import in_order
 from psft.errors import RequestError, shown
 from psft.labels import IGNORE_INDEX
@@ -41,7 +49,6 @@ _BATCH_ROWS = 256
 _SMALL = 16 * _BATCH_ROWS  # rows that one process encodes in the time that others would take to start
 _MOST_PROCESSES = 16  # the process that reads the rows and takes the results keeps no more than these busy
 _QUICK_DIGEST = 1 << 28  # bytes; digesting more takes longer than encoding a few rows
-_ON_BAD_ROW = ("error", "skip")
 
 
 @dataclass(frozen=True)
@@ -146,8 +153,7 @@ def prepare_source(
     Args:
         more: further options of the kind's encoder, plain values.
     """
-    if on_bad_row not in _ON_BAD_ROW:
-        raise RequestError(f"on_bad_row is {on_bad_row!r}; it is one of {', '.join(_ON_BAD_ROW)}.")
+    check_on_bad_row(on_bad_row)
     if max_length is not None and max_length < 2:
         raise RequestError(f"max_length is {max_length}; a sequence needs at least 2 tokens.")
     if num_processes is not None and num_processes < 1:

@@ -24,6 +24,7 @@ from psft.data.demonstrations import final_answer
 from psft.data.gym import PREFIX, open_gym_task
 from psft.data.rows import Rejection, Row, RowRejected
 from psft.data.sources import read_rows
+from psft.data.tally import check_on_bad_row, refuse_bad_rows, write_rejections
 from psft.data.templates import render_chat
 from psft.errors import RequestError, shown
 
@@ -37,7 +38,7 @@ ROW_FIELD = "psft_row"
 """The column that holds a row's other fields as JSON: those of rows may differ in kind, which a table cannot hold."""
 _PROMPT_FIELDS = ("prompt", "messages", "question", "problem")
 _GOLD_FIELDS = ("gold", "answer", "solution")
-_LISTED = 10
+_TOO_LONG = "the prompt is longer than max_prompt_length"
 _ROLES = ("system", "user", "assistant")
 
 Messages = list[dict[str, str]]
@@ -121,8 +122,7 @@ def prepare_prompts(
     Raises:
         RequestError: the source cannot be read, rows are bad and `on_bad_row` is "error", or no prompt is left.
     """
-    if on_bad_row not in ("error", "skip"):
-        raise RequestError(f"on_bad_row is {on_bad_row!r}; it is one of error, skip.")
+    check_on_bad_row(on_bad_row)
     report, rejections = PromptReport(shown(source)), []
     reasons: Counter[str] = Counter()
     gold_of: dict[str, Any] = {}
@@ -142,9 +142,7 @@ def prepare_prompts(
             gold_of[key] = fields.get("gold")
             if max_prompt_length is not None and length > max_prompt_length:
                 report.num_too_long += 1
-                raise RowRejected(
-                    f"the prompt is longer than max_prompt_length={max_prompt_length}", f"{length} tokens"
-                )
+                raise RowRejected(f"{_TOO_LONG}={max_prompt_length}", f"{length} tokens")
         except RowRejected as error:
             rejections.append(Rejection.of(row, error))
             reasons[error.reason] += 1
@@ -155,7 +153,7 @@ def prepare_prompts(
     report.num_rejected = len(rejections) - report.num_too_long
     report.reasons = dict(reasons)
     if rejected_path is not None and rejections:
-        rejected_path.write_text("".join(f"{rejection.to_json()}\n" for rejection in rejections), encoding="utf-8")
+        write_rejections(rejected_path, rejections)
     _stop_on_bad_rows(report, rejections, on_bad_row)
     return PreparedPrompts(rows, report, rejections)
 
@@ -239,16 +237,10 @@ def _num_tokens(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> int:
 
 
 def _stop_on_bad_rows(report: PromptReport, rejections: list[Rejection], on_bad_row: str) -> None:
+    """Raise RequestError if bad rows are to stop the run, or no prompt is left. A prompt too long is no bad row."""
     if not report.num_used and report.num_too_long == report.num_rows - report.num_duplicates:
         raise RequestError(
             f"{report.source}: every prompt is longer than max_prompt_length. Raise --max_prompt_length."
         )
-    bad = [rejection for rejection in rejections if "max_prompt_length" not in rejection.reason]
-    if not bad or (on_bad_row == "skip" and report.num_used):
-        return
-    listed = "; ".join(f"{rejection.where}: {rejection.message}" for rejection in bad[:_LISTED])
-    more = f"; and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
-    advice = "Correct them, or pass --on_bad_row skip to leave them out." if report.num_used else "Correct the data."
-    raise RequestError(
-        f"{report.source}: {len(bad)} of {report.num_rows} rows cannot be used. {listed}{more}. {advice}"
-    )
+    bad = [rejection for rejection in rejections if not rejection.reason.startswith(_TOO_LONG)]
+    refuse_bad_rows(report.source, bad, report.num_rows, on_bad_row, is_any_left=report.num_used > 0)

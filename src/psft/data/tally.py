@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from psft.data.rows import Rejection
 from psft.errors import RequestError, shown
 
 _LISTED_ROWS = 10
+_ON_BAD_ROW = ("error", "skip")
 
 
 @dataclass(frozen=True)
@@ -73,27 +74,40 @@ def gather(batches: Iterable[EncodedBatch]) -> EncodedBatch:
     return total
 
 
+def check_on_bad_row(on_bad_row: str) -> None:
+    if on_bad_row not in _ON_BAD_ROW:
+        raise RequestError(f"on_bad_row is {on_bad_row!r}; it is one of {', '.join(_ON_BAD_ROW)}.")
+
+
 def stop_on_bad_rows(outcome: Outcome, on_bad_row: str, max_length: int | None) -> None:
     """Raise RequestError if rows cannot be used and should be, or none can."""
-    source, total = shown(outcome.source), outcome.total
+    total = outcome.total
     if total.num_too_long == total.num_rows:
         raise RequestError(
-            f"{source}: all {total.num_rows} rows are longer than max_length={max_length} before their answer "
-            "begins. Raise --max_length."
+            f"{shown(outcome.source)}: all {total.num_rows} rows are longer than max_length={max_length} before their "
+            "answer begins. Raise --max_length."
         )
-    if not total.rejections:
+    is_any_left = len(total.rejections) < total.num_rows
+    refuse_bad_rows(outcome.source, total.rejections, total.num_rows, on_bad_row, is_any_left=is_any_left)
+
+
+def refuse_bad_rows(
+    source: str, bad: Sequence[Rejection], num_rows: int, on_bad_row: str, *, is_any_left: bool
+) -> None:
+    """Raise RequestError, with the first ten of them, if there are bad rows and `on_bad_row` is "error", or if there
+    are no others."""
+    if not bad or (is_any_left and on_bad_row == "skip"):
         return
-    bad = total.rejections[:_LISTED_ROWS]
-    listed = "; ".join(f"{rejection.where}: {rejection.message}" for rejection in bad)
-    count = len(total.rejections)
-    more = f"; and {count - len(bad)} more" if count > len(bad) else ""
-    if count == total.num_rows:
-        raise RequestError(f"{source}: none of its {count} rows can be used. {listed}{more}. Correct the data.")
-    if on_bad_row == "error":
+    listed = "; ".join(f"{rejection.where}: {rejection.message}" for rejection in bad[:_LISTED_ROWS])
+    more = f"; and {len(bad) - _LISTED_ROWS} more" if len(bad) > _LISTED_ROWS else ""
+    if not is_any_left:
         raise RequestError(
-            f"{source}: {count} of {total.num_rows} rows cannot be used. {listed}{more}. "
-            "Correct them, or pass --on_bad_row skip to leave them out."
+            f"{shown(source)}: none of its {num_rows} rows can be used. {listed}{more}. Correct the data."
         )
+    raise RequestError(
+        f"{shown(source)}: {len(bad)} of {num_rows} rows cannot be used. {listed}{more}. "
+        "Correct them, or pass --on_bad_row skip to leave them out."
+    )
 
 
 def make_report(outcome: Outcome) -> DataReport:

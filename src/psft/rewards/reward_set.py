@@ -16,13 +16,13 @@ from __future__ import annotations
 import difflib
 import logging
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from psft.errors import RequestError, RunFailed, first_line, shown
+from psft.machine import local_ranks, logical_cores
 from psft.rewards.base import Grade
 from psft.rewards.function import checked_scores
 from psft.rewards.pool import GradingPool
@@ -116,7 +116,7 @@ class RewardSet:
         self.counts: Counter[str] = Counter()
         """Failures of the run by reward."""
         self._pools: dict[str, GradingPool] = {}
-        workers = num_workers or max(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1), 1)
+        workers = num_workers or max(logical_cores() // local_ranks(), 1)
         for name in self.weights:
             if name in self.functions:
                 continue
