@@ -73,6 +73,7 @@ def test_a_run_leaves_everything_in_its_folder_and_goes_on(grpo, tmp_path, capsy
         (["--steps_per_generation", "2"], 2, "follow from train_batch_size"),
         (["--max_prompt_length", "3"], 2, "every prompt is longer"),
         (["--eval_dataset", "a.jsonl"], 2, "not measured by psft grpo"),
+        (["--dataset_format", "text"], 2, "dataset_format has no effect"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_words(grpo, capsys, flags, code, message):
@@ -100,7 +101,7 @@ def test_the_recipes_are_table_7(name):
     assert args.dynamic_sampling and not args.vllm_importance_sampling_correction
     assert request.model_name == f"runs/{name.removesuffix('-grpo')}-psft"
     assert args.reward_set().weights == {"math": 1.0, "overlong": 1.0}
-    assert recipes.known_dataset(request.dataset, "train") is not None
+    assert recipes.known_dataset(request.data.dataset, "train") is not None
     assert recipes.stage_of(name) == "grpo"
 
 

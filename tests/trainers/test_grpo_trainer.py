@@ -83,13 +83,14 @@ def test_a_run_records_what_reinforcement_learning_is_watched_by(make_trainer, t
 @pytest.mark.parametrize("stop", [2, 3], ids=["inside a batch", "between two"])
 def test_a_stopped_run_goes_on_to_the_same_numbers(make_trainer, tmp_path, stop):
     """SIGTERM in step `stop` + 1. Goes red if an answer is sampled again, a carried-over group or the random state is
-    lost, or a prompt comes twice."""
+    lost, a prompt comes twice, or sampling begins anew because other data would be allowed."""
     whole = make_trainer("whole", sampling_batch_size=8)
     whole.train()
     cut = make_trainer("cut", sampling_batch_size=8, callbacks=[Stop(stop)], save_strategy="steps", save_steps=100)
     cut.train()
     assert cut.state.global_step == stop + 1 and cut.stop_signal.exit_code == 143
-    onward = make_trainer("cut", sampling_batch_size=8, save_strategy="steps", save_steps=100, resume=True)
+    more = {"save_strategy": "steps", "save_steps": 100, "resume": True, "allow_changed": ["data"]}
+    onward = make_trainer("cut", sampling_batch_size=8, **more)
     onward.train()
     assert numbers_of(tmp_path / "cut") == numbers_of(tmp_path / "whole")
     assert rows_of(tmp_path / "cut", "answers.jsonl") == rows_of(tmp_path / "whole", "answers.jsonl")

@@ -54,7 +54,6 @@ class GRPORequest:
     model: ModelArguments
     output_dir: Path
     model_name: str
-    dataset: str
 
 
 def read_request(argv: Sequence[str], *, command: str = "grpo") -> GRPORequest:
@@ -76,7 +75,7 @@ def read_request(argv: Sequence[str], *, command: str = "grpo") -> GRPORequest:
     per_section = parse_request(argv, sections, command=command, load_recipe=load_recipe)
     model = ModelArguments(**per_section[ModelArguments])
     data = DataArguments(**per_section[DataArguments])
-    name, dataset = model_and_dataset(model, data, EXAMPLE)
+    name, _ = model_and_dataset(model, data, EXAMPLE)
     settings = per_section[GRPOStageConfig]
     if not settings.get("rewards"):
         raise RequestError(
@@ -85,11 +84,15 @@ def read_request(argv: Sequence[str], *, command: str = "grpo") -> GRPORequest:
         )
     if data.eval_dataset:
         raise RequestError("eval_dataset is not measured by psft grpo. Remove it; psft eval measures checkpoints.")
+    if data.dataset_format != "auto":
+        raise RequestError(
+            "dataset_format has no effect on prompts. Remove it; --columns prompt=FIELD,gold=FIELD names fields."
+        )
     for setting in ("num_threads", "matmul_precision"):  # this process is psft's own, unlike a script's
         settings.setdefault(setting, "auto")
     settings.setdefault("output_dir", f"runs/{Path(name).name}-grpo")
     config = checked(GRPOStageConfig, settings)
-    return GRPORequest(config, data, model, Path(str(config.output_dir)), name, dataset)
+    return GRPORequest(config, data, model, Path(str(config.output_dir)), name)
 
 
 def prepare_run(request: GRPORequest) -> PreparedRun:
@@ -116,7 +119,7 @@ def prepare_run(request: GRPORequest) -> PreparedRun:
     tokenizer = load_tokenizer(request.model_name, config.chat_template_path, model.model_revision, **trusted)
     with claim.collecting() as rejected:
         with claim.keeping_rejected():
-            prompts = read_prompts(request, tokenizer, rewards, rejected)
+            prompts = read_prompts(data, config, tokenizer, rewards, rejected)
         if config.process_index == 0:
             print(f"train: {prompts.report.line}")
         attention = choose_attention(
@@ -144,17 +147,19 @@ def prepare_run(request: GRPORequest) -> PreparedRun:
     return PreparedRun(trainer, reports)  # type: ignore[arg-type]  # asks of a trainer what every stage has
 
 
-def read_prompts(request: Any, tokenizer: Any, rewards: RewardSet, rejected: Path | None) -> PreparedPrompts:
+def read_prompts(
+    data: DataArguments, config: GRPOStageConfig, tokenizer: Any, rewards: RewardSet, rejected: Path | None = None
+) -> PreparedPrompts:
     """The prompts of a request, each with what the rewards need.
 
     Args:
-        request: has data, dataset and config. rejected: where rows that cannot be used are written.
+        rejected: where rows that cannot be used are written.
     """
     from psft.data.prompts import prepare_prompts
 
-    data, config = request.data, request.config
+    assert data.dataset is not None
     return prepare_prompts(
-        request.dataset,
+        data.dataset,
         tokenizer=tokenizer,
         max_prompt_length=config.max_prompt_length,
         check=rewards.check,

@@ -96,7 +96,6 @@ def _plan_training(argv: list[str]) -> int:
     from psft.cli.imports import without_collection, without_models
     from psft.cli.objective_choice import leave_out_other_objective
     from psft.config import DataArguments, LaunchArguments, ModelArguments, PlanArguments
-    from psft.models.architectures import find_architecture
     from psft.models.resolve import check_dtype
     from psft.recipes import load_recipe
 
@@ -113,9 +112,7 @@ def _plan_training(argv: list[str]) -> int:
         settings = settled(PSFTConfig, given[PSFTConfig])
     _check_shares(settings, launch)
     check_dtype(model.dtype, force_pure_bf16=settings.force_pure_bf16)
-    architecture = (
-        find_architecture(model.model_name_or_path, model.model_revision) if model.model_name_or_path else None
-    )
+    architecture = architecture_of(model)
     found = look_at_data(data, model, settings)
 
     objective = settings.resolved_objective()
@@ -377,6 +374,20 @@ def _notes(
 
     common = common_notes("train", data, model, settings, architecture)
     return [*found.notes, *objective_notes(objective, settings), *_benchmark_notes(settings), *common]
+
+
+def architecture_of(model: Any) -> Architecture | None:
+    """Sizes of the model; of one that a recipe is to make, those of what the recipe starts from."""
+    from psft.models.architectures import find_architecture
+    from psft.recipes import load_recipe, maker_of
+
+    name = model.model_name_or_path
+    if not name:
+        return None
+    if (found := find_architecture(name, model.model_revision)) is not None:
+        return found
+    maker = maker_of(name)
+    return None if maker is None else find_architecture(load_recipe(maker[1])["model_name_or_path"])
 
 
 def common_notes(command: str, data: Any, model: Any, settings: Any, architecture: Architecture | None) -> list[str]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from psft.cli.plan import (
     FoundData,
+    architecture_of,
     common_notes,
     heading,
     indent,
@@ -57,7 +58,7 @@ def run(argv: list[str]) -> int:
         size = settings.train_batch_size
         raise RequestError(f"train_batch_size={size} cannot be shared by {ranks} ranks. Use a multiple of {ranks}.")
     check_dtype(model.dtype, force_pure_bf16=settings.force_pure_bf16)
-    architecture = _architecture(model)
+    architecture = architecture_of(model)
     found = look_at_data(data, model, settings, _prepare)
     heading("Settings")
     processes = [(name, str(value)) for name, value in given[LaunchArguments].items() if value is not None]
@@ -79,20 +80,6 @@ def run(argv: list[str]) -> int:
         heading("Notes")
         print("\n".join(f"  - {note}" for note in notes))
     return 0
-
-
-def _architecture(model: Any) -> Architecture | None:
-    """Sizes of the model; of one that a recipe is to make, those of what the recipe starts from."""
-    from psft.models.architectures import find_architecture
-    from psft.recipes import load_recipe, maker_of
-
-    name = model.model_name_or_path
-    if not name:
-        return None
-    found, maker = find_architecture(name, model.model_revision), maker_of(name)
-    return (
-        found if found is not None or maker is None else find_architecture(load_recipe(maker[1])["model_name_or_path"])
-    )
 
 
 def _prepare(tokenizer: Any, data: Any, settings: Any) -> Prepared:

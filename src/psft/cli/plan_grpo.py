@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from psft.cli.plan import FoundData, common_notes, heading, is_local, look_at_data, settled, table
+from psft.cli.plan import FoundData, architecture_of, common_notes, heading, is_local, look_at_data, settled, table
 
 _SHOWN = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs", "weight_decay", "epsilon",
@@ -21,9 +21,9 @@ def run(argv: list[str]) -> int:
         RequestError: what `psft grpo` would refuse: unknown settings or rewards, contradictions, unusable local data.
     """
     from psft.cli.arguments import parse_request
+    from psft.cli.grpo import read_prompts
     from psft.cli.imports import without_collection
     from psft.config import DataArguments, LaunchArguments, ModelArguments, PlanArguments
-    from psft.models.architectures import find_architecture
     from psft.models.resolve import check_dtype
     from psft.recipes import load_recipe
 
@@ -38,14 +38,7 @@ def run(argv: list[str]) -> int:
     rewards = settings.reward_set()
 
     def prepare(tokenizer: Any, data: Any, settings: Any) -> Any:
-        from psft.data.prompts import prepare_prompts
-
-        return prepare_prompts(
-            data.dataset, tokenizer=tokenizer, max_prompt_length=settings.max_prompt_length, check=rewards.check,
-            split=data.dataset_split, config_name=data.dataset_config, columns=data.columns,
-            system_prompt=data.system_prompt, on_bad_row=data.on_bad_row, max_rows=data.max_rows,
-            keeps_duplicates=settings.keep_duplicates,
-        )  # fmt: skip
+        return read_prompts(data, settings, tokenizer, rewards)
 
     found = _look_at_prompts(data, model, settings, prepare)
     heading("Settings")
@@ -58,9 +51,7 @@ def run(argv: list[str]) -> int:
     heading("Prompts")
     table(_prompts(found, data))
     settings.max_length = None  # what the notes on a model's context look at
-    architecture = (
-        find_architecture(model.model_name_or_path, model.model_revision) if model.model_name_or_path else None
-    )
+    architecture = architecture_of(model)
     notes = [*found.notes, *common_notes("grpo", data, model, settings, architecture)]
     longest = (settings.max_prompt_length or 0) + settings.max_completion_length
     if architecture is not None and longest > architecture.context:

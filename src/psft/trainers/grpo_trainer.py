@@ -254,8 +254,8 @@ class GRPOStageTrainer(StageTrainer, SamplingTrainer):
         return self._step % (self.args.steps_per_generation * self.num_iterations) != 0
 
     def take_up(self, path: Path, state: dict[str, Any]) -> None:
-        if set(self.args.allow_changed or []) & {"data", "batch_sizes", "world_size"}:
-            return  # another place in other data: sampling begins anew
+        if any(state["identity"][name] != self.identity[name] for name in ("data", "batch_sizes", "world_size")):
+            return  # allowed, and said: sampling begins anew
         self.stream.load_state_dict(state["stream"])
         self.ledger.load_state_dict(state["ledger"])
         self.rewards.counts.update(state["reward_failures"])
