@@ -7,8 +7,8 @@ import torch
 
 from psft.data.probe_prompts import load_probe_prompts
 from psft.errors import RequestError
+from psft.models.answers import sample_answers
 from psft.trainers.probe import RetentionProbe
-from psft.trainers.sampling import sample_answers
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 
 from psft.errors import RequestError
 from psft.models.joined import known_rows
+from psft.models.logits import logit_transform
 from psft.ops import TokenStatistics, token_loss, token_statistics
 from psft.trainers.bound_objective import BoundObjective
 from psft.trainers.layout import TrainedTokens
@@ -151,17 +152,3 @@ def _placed(scored: TokenStatistics, tokens: TrainedTokens, **more: Any) -> Scor
     return ScoredTokens(
         logps=tokens.placed(scored.logps), mask=tokens.mask, entropies=entropies, is_top1=is_top1, **more
     )
-
-
-def logit_transform(model: PreTrainedModel) -> tuple[float, float | None]:
-    """Factor and soft cap a model applies to its logits, by the names its configuration uses for them."""
-    config = model.config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            return float(getattr(config, name)), softcap
-    scaling = getattr(config, "logits_scaling", None)
-    if scaling is None:
-        return 1.0, softcap
-    multiplies = config.model_type == "hyperclovax"  # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies
-    return float(scaling) if multiplies else 1.0 / scaling, softcap

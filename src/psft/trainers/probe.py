@@ -12,12 +12,12 @@ from torch import Tensor
 
 from psft.data.probe_prompts import ProbePrompt, encode_probe_prompts
 from psft.errors import RequestError
+from psft.models.answers import sample_answers
 from psft.models.decoding import end_tokens
 from psft.ops import IGNORE_INDEX
 from psft.ops.precision import exact_small_products
 from psft.runs.rows import ProbeRow
 from psft.trainers.evaluation import HeldOutResult, evaluation_model
-from psft.trainers.sampling import sample_answers
 from psft.trainers.undisturbed import in_eval_mode
 
 if TYPE_CHECKING:

@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from psft.errors import RequestError
+from psft.models.logits import logit_transform
 from psft.ops import ReferenceLogits
-from psft.trainers.head import add_token_scoring, logit_transform
+from psft.trainers.head import add_token_scoring
 from psft.trainers.reference_cache import LogpTable, read_table, write_table
 from psft.trainers.reference_model import base_of, base_state, reference_model
 from psft.trainers.reference_table import COLUMN, column_names, table_from_cache_or_model, table_from_column
