@@ -8,12 +8,16 @@ import pytest
 
 from psft.evaluation.statistics import (
     bootstrap_interval,
+    holm,
     independent_mean,
     majority_score,
     mean_over_problems,
+    mixed_share,
     paired_test,
     pass_at_k,
     t_quantile,
+    token_mean_values,
+    unbounded_mean,
 )
 
 DESIGNS = [(30, 32, 0.3, 1.2), (40, 32, 0.5, 0.5), (500, 8, 2.0, 1.0), (200, 1, 1.0, 1.0)]
@@ -133,3 +137,42 @@ def test_a_mean_of_benchmarks_has_the_error_of_independent_ones():
     assert independent_mean([-0.2, 0.6], [0.03, None]).stderr is None
     with pytest.raises(ValueError):
         independent_mean([], [])
+
+
+def test_a_groups_chance_to_be_mixed_is_the_share_of_mixed_groups():
+    """Against all groups of 3 among 7. Goes red if answers are drawn with putting back."""
+    for right in range(8):
+        answers = [1] * right + [0] * (7 - right)
+        groups = list(combinations(answers, 3))
+        assert mixed_share(7, right, 3) == pytest.approx(sum(0 < sum(group) < 3 for group in groups) / len(groups))
+    for wrong in ((7, 8, 3), (2, 1, 3), (7, 3, 1)):
+        with pytest.raises(ValueError):
+            mixed_share(*wrong)
+
+
+def test_holms_correction_is_that_of_his_paper():
+    """p sorted: 0.01 * 3, 0.03 * 2, 0.04 * 1, each at least the one before. Goes red with Bonferroni's factor."""
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_a_mean_per_token_has_the_error_of_a_ratio():
+    """Problems with unequally many tokens, against the linearised formula and 4,000 repetitions.
+
+    Goes red if each problem counts alike, or the tokens' own scatter is left out of the error.
+    """
+    values = token_mean_values([10.0, 1.0, 9.0], [20, 1, 9])
+    found = unbounded_mean(values)
+    assert found.value == pytest.approx(20 / 30) and found.n == 3
+    residuals = [x - 20 / 30 * t for x, t in ((10, 20), (1, 1), (9, 9))]
+    assert found.stderr == pytest.approx((sum(r * r for r in residuals) * 3 / 2) ** 0.5 / 30)
+    generator = np.random.default_rng(1)
+    means, errors = [], []
+    for _ in range(4000):
+        tokens = generator.integers(1, 60, 40)
+        one = unbounded_mean(token_mean_values(tokens * generator.uniform(0.2, 0.8, 40), tokens))
+        means.append(one.value)
+        errors.append(one.stderr)
+    assert float(np.std(means)) == pytest.approx(float(np.mean(errors)), rel=0.05)
+    with pytest.raises(ValueError):
+        token_mean_values([], [])

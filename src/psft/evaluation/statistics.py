@@ -69,6 +69,42 @@ def mean_over_problems(values: Sequence[float]) -> Estimate:
     return Estimate(mean, stderr, low, high, n)
 
 
+def unbounded_mean(values: Sequence[float]) -> Estimate:
+    """Mean of one value of any size per problem, with Student's 95 % interval.
+
+    Raises:
+        ValueError: no value.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.size == 0:
+        raise ValueError("no problem to average over")
+    n, mean = len(array), float(array.mean())
+    if n < 2:
+        return Estimate(mean, None, None, None, n)
+    stderr = float(array.std(ddof=1)) / math.sqrt(n)
+    half = t_quantile(0.5 + CONFIDENCE / 2, n - 1) * stderr
+    return Estimate(mean, stderr, mean - half, mean + half, n)
+
+
+def token_mean_values(sums: Sequence[float], tokens: Sequence[int]) -> list[float]:
+    """One value per problem whose mean is the mean per token, sum of sums / sum of tokens, and whose scatter its error.
+
+    The tokens of a problem are not independent, and problems have unequally many: each value is the mean plus the
+    problem's influence on it (the linearised ratio estimator), so intervals and paired tests over problems apply.
+
+    Args:
+        sums, tokens: of each problem's answers together.
+    Raises:
+        ValueError: no token.
+    """
+    x, t = np.asarray(sums, dtype=np.float64), np.asarray(tokens, dtype=np.float64)
+    if not t.sum() > 0:
+        raise ValueError("no token to average over")
+    mean = x.sum() / t.sum()
+    found: list[float] = (mean + (x - mean * t) / t.mean()).tolist()
+    return found
+
+
 def _score_interval(mean: float, stderr: float, n: int) -> tuple[float, float]:
     """Wilson's interval with as many independent problems as would give this standard error."""
     spread = mean * (1 - mean)
@@ -178,6 +214,31 @@ def paired_test(a: Sequence[float], b: Sequence[float], *, resamples: int = RESA
     stderr = float(differences.std(ddof=1)) / math.sqrt(n)
     half = t_quantile(0.5 + CONFIDENCE / 2, n - 1) * stderr
     return Paired(mean, stderr, mean - half, mean + half, p_value, n)
+
+
+def mixed_share(num_samples: int, num_correct: int, group_size: int) -> float:
+    """Chance that a group of answers drawn from these without putting back holds right and wrong ones. Unbiased.
+
+    Raises:
+        ValueError: group_size is not in 2..num_samples, or num_correct not in 0..num_samples.
+    """
+    if not 2 <= group_size <= num_samples or not 0 <= num_correct <= num_samples:
+        raise ValueError(f"a group of {group_size} of {num_samples} answers with {num_correct} right is not defined")
+    alike = math.comb(num_correct, group_size) + math.comb(num_samples - num_correct, group_size)
+    return 1.0 - alike / math.comb(num_samples, group_size)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values after Holm's step-down correction: all below 0.05 hold together, with a chance of 5 % that one does not.
+
+    Whatever depends on what.
+    """
+    ranked = sorted(range(len(p_values)), key=lambda i: (p_values[i], i))
+    found, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(ranked):
+        largest = max(largest, min(1.0, (len(ranked) - rank) * p_values[i]))
+        found[i] = largest
+    return found
 
 
 def independent_p_value(difference: float, stderr: float) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from psft.evaluation.statistics import independent_mean, independent_p_value, paired_test
+from psft.evaluation.statistics import holm, independent_mean, independent_p_value, paired_test
 from psft.reports.charts import Missing
 from psft.reports.evaluations import Measurement
 
@@ -168,8 +168,7 @@ def correct(table: ScoreTable) -> None:
     """Holm's step-down correction over every difference of the table, means included."""
     cells = [cell for row in table.rows for cell in (*row.cells.values(), row.mean) if cell is not None]
     tested = [cell.difference for cell in cells if cell.difference is not None]
-    ranked = sorted((d.p_value, i) for i, d in enumerate(tested) if d.p_value is not None)
-    table.num_tests, largest = len(ranked), 0.0
-    for rank, (p_value, i) in enumerate(ranked):
-        largest = max(largest, min(1.0, (len(ranked) - rank) * p_value))
-        tested[i].p_holm = largest
+    known = [(difference, difference.p_value) for difference in tested if difference.p_value is not None]
+    table.num_tests = len(known)
+    for (difference, _), p_holm in zip(known, holm([p_value for _, p_value in known]), strict=True):
+        difference.p_holm = p_holm
