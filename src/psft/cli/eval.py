@@ -8,15 +8,22 @@ from typing import TYPE_CHECKING, Any
 from psft.errors import RequestError
 
 if TYPE_CHECKING:
+    from psft.evaluation.readiness.settings import ReadinessSettings
     from psft.evaluation.session import Outcome
+    from psft.evaluation.settings import HowToSample, WhatToEvaluate
 
 HELP = "evaluate a model on benchmarks: avg@k, pass@k, maj@k with errors; resumable"
 _USAGE = (
     "usage: psft eval MODEL --suite NAME|FILE... [--option value]...",
+    "       psft eval MODEL... --suite rl-readiness [PROMPTS]... [--base MODEL] [--option value]...",
     "",
     "Samples k answers to each item, grades them, and writes scores with errors. What is done is kept in",
     "OUTPUT/samples.jsonl; the same command goes on after Ctrl-C or a kill. docs/evaluation.md explains the numbers.",
     "alignment-tax (or alignment-tax/mmlu, harness:TASK; @N for N items) runs tasks of lm-evaluation-harness instead.",
+    "",
+    "rl-readiness says which of several models to start reinforcement learning from, and why: pass@k against avg@k,",
+    "groups of mixed outcome, entropy, drift, readable answers. PROMPTS: benchmarks, suite files, rows with a question",
+    "and an answer (FILE.jsonl, ...), reasoning-gym:TASK; none: prompts that come with psft.",
     "",
     "MODEL: a hub id, a folder, RUN or RUN/checkpoint-N of psft train, smollm2-135m-instruct; with --backend openai",
     "the server's name for it.",
@@ -25,44 +32,89 @@ _USAGE = (
 
 
 def run(argv: list[str]) -> int:
-    """`psft eval MODEL --suite NAME`. Returns the exit code."""
+    """`psft eval MODEL... --suite NAME`. Returns the exit code."""
     from psft.cli.arguments import format_help, parse_request
     from psft.evaluation.harness.settings import HarnessSettings
+    from psft.evaluation.readiness.settings import READINESS, ReadinessSettings
     from psft.evaluation.settings import HowToSample, WhatToEvaluate
 
-    sections = [WhatToEvaluate, HowToSample, HarnessSettings]
+    sections = [WhatToEvaluate, HowToSample, HarnessSettings, ReadinessSettings]
     if not argv or "-h" in argv or "--help" in argv:
         print(format_help("eval", sections, usage=_USAGE))
         return 0
-    if argv[0].startswith("-"):
+    num_models = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    models = argv[:num_models]
+    if not models:
         raise RequestError("the model comes first: psft eval MODEL --suite math.")
-    given = parse_request(argv[1:], sections, command="eval")
+    given = parse_request(argv[num_models:], sections, command="eval")
     what, how = WhatToEvaluate(**given[WhatToEvaluate]), HowToSample(**given[HowToSample])
     if not what.suite:
         raise RequestError(
-            "--suite is missing. Give math, ood, smoke, alignment-tax, a benchmark such as aime24, or a YAML file."
+            "--suite is missing. Give math, ood, smoke, alignment-tax, rl-readiness, a benchmark such as aime24, or a "
+            "YAML file."
         )
+    if READINESS in what.suite:
+        _refuse(given[HarnessSettings], "alignment-tax or harness:TASK in --suite, without rl-readiness")
+        return _run_readiness(models, what, how, ReadinessSettings(**given[ReadinessSettings]))
+    if len(models) > 1:
+        raise RequestError(
+            f"{len(models)} models are named ({', '.join(models[:4])}). --suite rl-readiness compares several; any "
+            "other suite takes one."
+        )
+    _refuse(given[ReadinessSettings], "rl-readiness in --suite")
+    return _run_benchmarks(models[0], what, how, given[HarnessSettings])
 
+
+def _refuse(given: Mapping[str, Any], needed: str) -> None:
+    if given:
+        names = " and ".join(f"--{name}" for name in given)
+        raise RequestError(f"{names} has no effect without {needed}. Leave it out.")
+
+
+def _run_readiness(models: list[str], what: WhatToEvaluate, how: HowToSample, settings: ReadinessSettings) -> int:
+    from psft.evaluation.readiness.prompts import readiness_suite
+    from psft.evaluation.readiness.session import evaluate_readiness
+    from psft.evaluation.results import remarks
+
+    found = evaluate_readiness(models, readiness_suite(what.suite), what, how, settings)
+    print(found.table)
+    for name, outcome in zip(models, found.outcomes, strict=True):
+        for line in remarks(outcome.results["benchmarks"]):
+            print(f"- {name}: {line}")
+    print()
+    for line in found.verdict.lines:
+        print(line)
+    print()
+    for outcome in found.outcomes:
+        print(outcome.results_path)
+    if found.path is not None:
+        print(found.path)
+    for outcome in found.outcomes:
+        outcome.raise_if_incomplete()
+    return 0
+
+
+def _run_benchmarks(model: str, what: WhatToEvaluate, how: HowToSample, harness: Mapping[str, Any]) -> int:
     from psft.evaluation.chosen import choose
     from psft.evaluation.harness.registry import choose_tasks, split_names
     from psft.evaluation.harness.scores import table as harness_table
     from psft.evaluation.harness.session import evaluate_harness, load_tasks
+    from psft.evaluation.harness.settings import HarnessSettings
     from psft.evaluation.results import table
     from psft.evaluation.session import evaluate
 
     sampled, through_lm_eval = split_names(what.suite)
     suite, tasks = choose(sampled), choose_tasks(through_lm_eval, what.limit)
-    settings = HarnessSettings(**given[HarnessSettings])
-    if not tasks and given[HarnessSettings]:
-        names = " and ".join(f"--{name}" for name in given[HarnessSettings])
-        raise RequestError(f"{names} has no effect without alignment-tax or harness:TASK in --suite. Leave it out.")
+    settings = HarnessSettings(**harness)
+    if not tasks:
+        _refuse(harness, "alignment-tax or harness:TASK in --suite")
     with_data = load_tasks(tasks, what, how, settings) if tasks else []
     outcomes = []
     if suite.benchmarks:
-        outcomes.append(evaluate(argv[0], suite, what, how))
+        outcomes.append(evaluate(model, suite, what, how))
         _show(outcomes[-1], table)
     if tasks:
-        outcomes.append(evaluate_harness(argv[0], "+".join(through_lm_eval), with_data, what, how, settings))
+        outcomes.append(evaluate_harness(model, "+".join(through_lm_eval), with_data, what, how, settings))
         _show(outcomes[-1], harness_table)
     for outcome in outcomes:
         outcome.raise_if_incomplete()

@@ -36,8 +36,9 @@ logger = logging.getLogger(__name__)
 
 ROW_FIELD = "psft_row"
 """The column that holds a row's other fields as JSON: those of rows may differ in kind, which a table cannot hold."""
-_PROMPT_FIELDS = ("prompt", "messages", "question", "problem")
-_GOLD_FIELDS = ("gold", "answer", "solution")
+PROMPT_FIELDS = ("prompt", "messages", "question", "problem")
+GOLD_FIELDS = ("gold", "answer", "solution")
+"""Where a row may have its prompt, and its right answer; the first that is there counts."""
 _TOO_LONG = "the prompt is longer than max_prompt_length"
 _ROLES = ("system", "user", "assistant")
 
@@ -179,9 +180,9 @@ def _understood(row: Row, columns: Mapping[str, str], system_prompt: str | None)
         if name not in fields:
             raise RowRejected(f"the column {name} of columns is missing", f"for {role}")
         fields[role] = fields.pop(name) if role != name else fields[name]
-    found = next((field for field in _PROMPT_FIELDS if fields.get(field) is not None), None)
+    found = next((field for field in PROMPT_FIELDS if fields.get(field) is not None), None)
     if found is None:
-        raise RowRejected("no prompt", f"one of the fields {', '.join(_PROMPT_FIELDS)}; or columns=prompt=FIELD")
+        raise RowRejected("no prompt", f"one of the fields {', '.join(PROMPT_FIELDS)}; or columns=prompt=FIELD")
     messages = _messages(fields.pop(found), found)
     if system_prompt and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system_prompt})
@@ -212,7 +213,7 @@ def _messages(value: Any, name: str) -> Messages:
 
 def _gold(fields: dict[str, Any]) -> Any:
     """The right answer, where the row has one under a name of its own."""
-    name = next((name for name in _GOLD_FIELDS if fields.get(name) is not None), None)
+    name = next((name for name in GOLD_FIELDS if fields.get(name) is not None), None)
     if name is None:
         model = fields.get("reward_model")
         return model.get("ground_truth") if isinstance(model, Mapping) else None

@@ -88,7 +88,7 @@ class Benchmark:
     file: under the data folder. rows, sha256: what the file is expected to have; None = not checked. fields: our name
     -> the row's, dotted into objects (and through lists of objects); `id` may be a list, joined by `-`. template:
     `{question}`, and for multiple choice `{options}` and `{letters}`. shuffle: options in an order drawn for each item.
-    grader: settings of the grader. limit: only the first items.
+    grader: settings of the grader. distinct: of rows with one question only the first. limit: only the first items.
     """
 
     name: str
@@ -106,6 +106,7 @@ class Benchmark:
     sampling: Sampling = PRESETS["paper"]
     shuffle: bool = False
     grader: Mapping[str, Any] = field(default_factory=dict)
+    distinct: bool = False
     limit: int | None = None
     folder: Path | None = None
     """Of the suite file that names it; the data are looked for there, too."""
@@ -246,7 +247,8 @@ def _make_benchmark(
 def _convert(name: str, key: str, value: Any, problems: list[str]) -> Any:
     """A YAML value as `Benchmark` holds it."""
     wanted: dict[str, type | tuple[type, ...]] = {
-        "k": int, "rows": int, "limit": int, "shuffle": bool, "kind": str, "file": str, "template": str, "title": str,
+        "k": int, "rows": int, "limit": int, "shuffle": bool, "distinct": bool,
+        "kind": str, "file": str, "template": str, "title": str,
         "sha256": str, "how_to_get": str, "system_prompt": (str, type(None)), "fields": Mapping, "grader": Mapping,
     }  # fmt: skip
     if key == "sampling":

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from psft.data.demonstrations import final_answer
+from psft.data.gym import PREFIX, open_gym_task
 from psft.errors import RequestError, first_line, shown
 from psft.evaluation.benchmarks import Benchmark
 from psft.evaluation.samples import digest
@@ -64,6 +66,11 @@ def find_file(benchmark: Benchmark, data_dir: Path | None) -> Path | None:
     return None
 
 
+def is_generated(benchmark: Benchmark) -> bool:
+    """Whether its items are made by reasoning-gym: `file` is a source such as `reasoning-gym:chain_sum?size=64`."""
+    return benchmark.file.startswith(PREFIX)
+
+
 def why_absent(benchmark: Benchmark, data_dir: Path | None, *, prefix: str = "--") -> str:
     """In words: what is missing and how to get it. prefix: of the options data_dir and download."""
     where = f"not in {data_dir}" if data_dir is not None else f"no {prefix}data_dir was given"
@@ -83,7 +90,11 @@ def load_data(benchmark: Benchmark, data_dir: Path | None, *, download: bool = F
         RequestError: the data are absent, unreadable, of another size, or a row lacks a field.
     """
     path = find_file(benchmark, data_dir)
-    if path is not None:
+    if is_generated(benchmark):
+        rows = _generate(benchmark)
+        source, sha256 = benchmark.file, digest(rows)
+        mapping, expected = benchmark.fields, benchmark.rows
+    elif path is not None:
         content = _read_bytes(path)
         rows = list(_parse(content, path))
         source, sha256 = str(path), hashlib.sha256(content).hexdigest()
@@ -103,9 +114,26 @@ def load_data(benchmark: Benchmark, data_dir: Path | None, *, download: bool = F
         notes.append(text)
     if path is not None and benchmark.sha256 not in (None, sha256):
         notes.append(f"{source} is not the registered copy (SHA-256 {sha256[:12]}..., not {benchmark.sha256[:12]}...)")  # type: ignore[index]
-    rows_used = rows[: benchmark.limit]
-    items = tuple(_items(benchmark, mapping, rows_used, source))
+    rows_used = _distinct(rows, mapping["question"]) if benchmark.distinct else rows
+    items = tuple(_items(benchmark, mapping, rows_used[: benchmark.limit], source))
     return Data(benchmark, items, source, sha256, len(rows), tuple(notes))
+
+
+def _generate(benchmark: Benchmark) -> list[dict[str, Any]]:
+    """Question, answer and an id of every entry; the same source always gives the same ones."""
+    entries = open_gym_task(benchmark.file)
+    return [
+        {"id": str(number), "question": entry["question"], "answer": entry["answer"]}
+        for number, entry in enumerate(entries)
+    ]
+
+
+def _distinct(rows: list[dict[str, Any]], question: str) -> list[dict[str, Any]]:
+    """The first row of each question, in order."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        found.setdefault(json.dumps(_look_up(row, question), default=str), row)
+    return list(found.values())
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -220,13 +248,27 @@ def _identity(row: Mapping[str, Any], names: Any) -> str | None:
 def _plain_item(
     benchmark: Benchmark, mapping: Mapping[str, Any], row: Mapping[str, Any], name: str, where: str
 ) -> Item:
-    question = _text(row, mapping["question"], where)
+    messages = _conversation(_look_up(row, mapping["question"]))
+    if messages:
+        question = messages[-1]["content"]
+    else:
+        question = _text(row, mapping["question"], where)
+        messages = _messages(benchmark, {"question": question})
     if benchmark.kind == "ifeval":
         grading: dict[str, Any] = {"prompt": question}
         grading |= {key: _required(row, mapping[key], where) for key in ("instruction_id_list", "kwargs")}
     else:
-        grading = {"gold": _required(row, mapping["gold"], where)}
-    return Item(name, question, _messages(benchmark, {"question": question}), grading)
+        gold = _required(row, mapping["gold"], where)
+        grading = {"gold": (final_answer(gold) or gold) if isinstance(gold, str) else gold}  # of GSM8K's solutions
+    return Item(name, question, messages, grading)
+
+
+def _conversation(value: Any) -> tuple[dict[str, str], ...]:
+    """The messages up to the last one of the user, where a prompt is a conversation, as DAPO-Math's; else none."""
+    if not isinstance(value, list) or not all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in value):
+        return ()
+    last = max((i for i, message in enumerate(value) if message["role"] == "user"), default=-1)
+    return tuple({"role": str(m["role"]), "content": str(m["content"])} for m in value[: last + 1])
 
 
 def _choice_item(

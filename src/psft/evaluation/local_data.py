@@ -8,7 +8,7 @@ from pathlib import Path
 
 from psft.errors import RequestError
 from psft.evaluation.benchmarks import Suite
-from psft.evaluation.items import Data, find_file, load_data, why_absent
+from psft.evaluation.items import Data, find_file, is_generated, load_data, why_absent
 
 
 def data_folder(named: str | None, *, setting: str) -> Path | None:
@@ -69,7 +69,11 @@ def load_all(
     Raises:
         RequestError: data are absent and not skipped, or not as they should be.
     """
-    here = [benchmark for benchmark in suite.benchmarks if find_file(benchmark, data_dir) is not None]
+    here = [
+        benchmark
+        for benchmark in suite.benchmarks
+        if is_generated(benchmark) or find_file(benchmark, data_dir) is not None
+    ]
     fetched = [b for b in suite.benchmarks if download and b not in here and b.hub is not None]
     absent = [benchmark for benchmark in suite.benchmarks if benchmark not in here and benchmark not in fetched]
     words = [why_absent(benchmark, data_dir, prefix=prefix) for benchmark in absent]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from psft.evaluation import results
 from psft.evaluation.benchmarks import Suite
 from psft.evaluation.chosen import adjusted, contradictions
 from psft.evaluation.contamination import Overlap, find_overlap
-from psft.evaluation.generate import Generated, make_plan
+from psft.evaluation.generate import Generated, Plan, make_plan
 from psft.evaluation.graded import generate_graded, graded_items
 from psft.evaluation.grading import Grades, grader_of, prepare_graders
 from psft.evaluation.identity import Model
@@ -38,6 +38,7 @@ from psft.evaluation.request import (
     other_results,
     say_on_stderr,
 )
+from psft.evaluation.results import ItemScores
 from psft.evaluation.results_file import results_path, write_results
 from psft.evaluation.samples import GRADES, SAMPLES, KeyedFile
 from psft.evaluation.settings import HowToSample, WhatToEvaluate
@@ -58,14 +59,24 @@ class Outcome:
             raise RunFailed(self.problem)
 
 
+Answered = Callable[[Plan, Mapping[str, ItemScores]], None]
+"""Told of a benchmark whose samples are made and graded: what was asked, and the scores by item."""
+
+
 def evaluate(
-    model_name: str, suite: Suite, what: WhatToEvaluate, how: HowToSample, *, say: Say | None = None
+    model_name: str,
+    suite: Suite,
+    what: WhatToEvaluate,
+    how: HowToSample,
+    *,
+    say: Say | None = None,
+    answered: Answered | None = None,
 ) -> Outcome:
     """Evaluate a model on a suite.
 
     Args:
         model_name: hub id, folder, run folder or checkpoint; the server's name for it with backend openai.
-        say: told lines a person should read; default: stderr.
+        say: told lines a person should read; default: stderr. answered: told of every benchmark when it is done.
     Raises:
         RequestError: something about the request is wrong; nothing was generated.
         RunFailed: the backend cannot go on; what came so far is kept.
@@ -103,6 +114,8 @@ def evaluate(
                         plan, backend, samples, grades, title=part.benchmark.shown_name
                     )
                 items = graded_items(plan, samples, grades)
+                if answered is not None:
+                    answered(plan, items)
                 hits = None if overlap is None else overlap.hits[part.benchmark.name]
                 found.append(results.describe(part, items, grader=grader_of(part), hits=hits))
         except KeyboardInterrupt:

@@ -20,8 +20,8 @@ class WhatToEvaluate:
 
     suite: list[str] = _option(
         [],
-        "Suites (math, ood, smoke, alignment-tax), single benchmarks (aime24, arc_c, ...), YAML files of your own, "
-        "tasks of lm-evaluation-harness (alignment-tax/mmlu, harness:TASK; @N behind them: N items).",
+        "Suites (math, ood, smoke, alignment-tax, rl-readiness), single benchmarks (aime24, arc_c, ...), YAML files of "
+        "your own, tasks of lm-evaluation-harness (alignment-tax/mmlu, harness:TASK; @N behind them: N items).",
     )
     data_dir: str | None = _option(None, "Folder with the benchmark files; default: the variable PSFT_DATA_DIR.")
     download: bool = _option(False, "Fetch sets that are not under data_dir from the Hugging Face hub.")

@@ -29,8 +29,10 @@ ALIGNMENT_TAX = {
 }  # fmt: skip
 """Paper, table 11; CoT: with a chain of thought."""
 _OTHER_NAMES = {"amc23": "amc", "olympiadbench": "olympiad", "arc_challenge": "arc_c", "math_500": "math500"}
-NO_SCORES = {"nll", "entropy", "loss", "perplexity", "mean_token_accuracy", "num_tokens"}
-"""Metrics that are no score: the figures of likelihood and entropy show them."""
+NO_SCORES = {
+    "nll", "entropy", "loss", "perplexity", "mean_token_accuracy", "num_tokens", "sample_entropy", "drift",
+}  # fmt: skip
+"""Metrics that are no score: other figures show them, or the verdict on RL readiness (the last two)."""
 _PREFERRED = ("accuracy", "exact_match", "acc", "prompt_level_loose_acc")
 """The metric a benchmark is known by, where it has several; else the first in the order of the alphabet."""
 
