@@ -2,6 +2,7 @@
 
 `reasoning-gym:gsm_symbolic?size=256&seed=0` gives 256 conversations. Each answer is the worked solution and ends with
 a line `#### NUMBER`, as GSM8K's do, so that a greedy answer can be graded with `final_answer`.
+`reasoning-gym-pairs:gsm_symbolic?size=64&seed=0` gives pairs of a right and a wrong answer of the same make.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import re
 from collections.abc import Iterator
 from urllib.parse import parse_qsl
 
+from psft.data.gym import PREFIX
 from psft.data.rows import Row
 from psft.errors import RequestError
 
-PREFIX = "reasoning-gym:"
+PAIRS_PREFIX = "reasoning-gym-pairs:"
 _TASK = "gsm_symbolic"
 _DEFAULTS = {"size": 256, "seed": 0}
 _FINAL_LINE = re.compile(r"####[ \t]*([^\n]+)")
@@ -76,6 +78,23 @@ def read_demonstrations(source: str) -> Iterator[Row]:
         raise RequestError(f"{source} needs reasoning-gym: pip install reasoning-gym.") from error
     entries = reasoning_gym.create_dataset(_TASK, **options)
     return (_demonstration(source, number, entry) for number, entry in enumerate(entries, start=1))
+
+
+def read_pairs(source: str) -> Iterator[Row]:
+    """Rows `{"prompt", "chosen", "rejected"}` of a `reasoning-gym-pairs:` source, for preference optimisation.
+
+    chosen is the worked solution; rejected is that of the next problem, as fluent and beside the point.
+
+    Raises:
+        RequestError: as `read_demonstrations`; or fewer than two problems.
+    """
+    rows = list(read_demonstrations(PREFIX + source.removeprefix(PAIRS_PREFIX)))
+    if len(rows) < 2:
+        raise RequestError(f"{source}: a pair takes the solutions of two problems. Give size=2 or more.")
+    for row, other in zip(rows, [*rows[1:], rows[0]], strict=True):
+        (question, answer), (_, beside) = row.value["messages"], other.value["messages"]
+        pair = {"prompt": question["content"], "chosen": answer["content"], "rejected": beside["content"]}
+        yield Row(source, row.line, pair)
 
 
 def demonstrations_version(source: str) -> str:

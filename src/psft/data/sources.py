@@ -1,6 +1,7 @@
 """Reads demonstrations from wherever they lie; every row keeps its file and its line or record number.
 
-In: a hub id, a .jsonl/.jsonl.gz/.json/.parquet/.csv file, a `save_to_disk` folder, or `reasoning-gym:gsm_symbolic`.
+In: a hub id, a .jsonl/.jsonl.gz/.json/.parquet/.csv file, a `save_to_disk` folder, or
+`reasoning-gym:gsm_symbolic` (pairs: `reasoning-gym-pairs:gsm_symbolic`).
 Out: an iterator of `Row`. A source that cannot be opened, or whose rows cannot be told apart, is a `RequestError`; a
 single unreadable record is a `Row` with `problem` set, so that validation can list it with the others. What a file of
 each kind holds is read in `psft.data.files`.
@@ -17,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from psft.data.demonstrations import PREFIX, demonstrations_version, read_demonstrations
+from psft.data.demonstrations import PAIRS_PREFIX, PREFIX, demonstrations_version, read_demonstrations, read_pairs
 from psft.data.digests import digest_of_dataset, digest_of_file, digest_of_folder, stamp_of
 from psft.data.files import FILE_SUFFIXES, one_line, read_file
 from psft.data.rows import Row
@@ -67,7 +68,7 @@ class Source:
 
 def open_source(source: str, *, split: str = "train", config_name: str | None = None) -> Source:
     """Find out what `source` is. Raises RequestError: nothing of that name, or of an unknown kind."""
-    if source.startswith(PREFIX):
+    if source.startswith((PREFIX, PAIRS_PREFIX)):
         return Source(source, lambda: _generate(source), lambda: demonstrations_version(source))
     found = _find(source)
     if found is not None:
@@ -99,7 +100,7 @@ def open_source(source: str, *, split: str = "train", config_name: str | None = 
 
 def _generate(source: str) -> Iterator[Row]:
     try:
-        return read_demonstrations(source)
+        return read_pairs(source) if source.startswith(PAIRS_PREFIX) else read_demonstrations(source)
     except RequestError:
         raise
     except ValueError as error:  # a size of thousands of digits

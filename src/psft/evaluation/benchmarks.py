@@ -19,12 +19,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from psft.data.gym import PREFIX as GYM_PREFIX
 from psft.errors import RequestError, shown
 
 KINDS: dict[str, frozenset[str]] = {
     "math": frozenset({"question", "gold"}),
     "choice": frozenset({"question", "options"}),
     "ifeval": frozenset({"question", "instruction_id_list", "kwargs"}),
+    "reasoning_gym": frozenset({"question", "gym_source", "gym_index"}),
 }
 """Kind of item (and name of its grader) -> the fields its rows must have."""
 GOLD_OF_CHOICE = ("gold_letter", "gold_label", "gold_index", "gold_flags")
@@ -85,10 +87,11 @@ class Hub:
 class Benchmark:
     """One set of items.
 
-    file: under the data folder. rows, sha256: what the file is expected to have; None = not checked. fields: our name
-    -> the row's, dotted into objects (and through lists of objects); `id` may be a list, joined by `-`. template:
-    `{question}`, and for multiple choice `{options}` and `{letters}`. shuffle: options in an order drawn for each item.
-    grader: settings of the grader. distinct: of rows with one question only the first. limit: only the first items.
+    file: under the data folder; or `reasoning-gym:TASK?size=32&seed=1`, whose rows are made. rows, sha256: what it is
+    expected to have; None = not checked. fields: our name -> the row's, dotted into objects (and through lists of
+    objects); `id` may be a list, joined by `-`. template: `{question}`, and for multiple choice `{options}` and
+    `{letters}`. shuffle: options in an order drawn for each item. grader: settings of the grader. distinct: of rows
+    with one question only the first. limit: only the first items.
     """
 
     name: str
@@ -114,6 +117,11 @@ class Benchmark:
     @property
     def shown_name(self) -> str:
         return self.title or self.name
+
+    @property
+    def is_made(self) -> bool:
+        """Whether its items are made by reasoning-gym and lie in no file."""
+        return self.file.startswith(GYM_PREFIX)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from psft.rewards import Grade, get_grader, grade_rows
 _PACKAGES: dict[str, tuple[str, ...]] = {
     "math": ("math-verify", "latex2sympy2-extended", "sympy"),
     "ifeval": ("lm-eval", "langdetect", "nltk"),
+    "reasoning_gym": ("reasoning-gym",),
 }
 """Kind -> distributions whose version may change a grade."""
 _WAIT_S = 0.2

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from psft.data.demonstrations import final_answer
-from psft.data.gym import PREFIX, open_gym_task
+from psft.data.gym import open_gym_task
 from psft.errors import RequestError, first_line, shown
 from psft.evaluation.benchmarks import Benchmark
 from psft.evaluation.samples import digest
@@ -66,11 +66,6 @@ def find_file(benchmark: Benchmark, data_dir: Path | None) -> Path | None:
     return None
 
 
-def is_generated(benchmark: Benchmark) -> bool:
-    """Whether its items are made by reasoning-gym: `file` is a source such as `reasoning-gym:chain_sum?size=64`."""
-    return benchmark.file.startswith(PREFIX)
-
-
 def why_absent(benchmark: Benchmark, data_dir: Path | None, *, prefix: str = "--") -> str:
     """In words: what is missing and how to get it. prefix: of the options data_dir and download."""
     where = f"not in {data_dir}" if data_dir is not None else f"no {prefix}data_dir was given"
@@ -90,8 +85,8 @@ def load_data(benchmark: Benchmark, data_dir: Path | None, *, download: bool = F
         RequestError: the data are absent, unreadable, of another size, or a row lacks a field.
     """
     path = find_file(benchmark, data_dir)
-    if is_generated(benchmark):
-        rows = _generate(benchmark)
+    if benchmark.is_made:
+        rows = _made_rows(benchmark.file)
         source, sha256 = benchmark.file, digest(rows)
         mapping, expected = benchmark.fields, benchmark.rows
     elif path is not None:
@@ -117,15 +112,6 @@ def load_data(benchmark: Benchmark, data_dir: Path | None, *, download: bool = F
     rows_used = _distinct(rows, mapping["question"]) if benchmark.distinct else rows
     items = tuple(_items(benchmark, mapping, rows_used[: benchmark.limit], source))
     return Data(benchmark, items, source, sha256, len(rows), tuple(notes))
-
-
-def _generate(benchmark: Benchmark) -> list[dict[str, Any]]:
-    """Question, answer and an id of every entry; the same source always gives the same ones."""
-    entries = open_gym_task(benchmark.file)
-    return [
-        {"id": str(number), "question": entry["question"], "answer": entry["answer"]}
-        for number, entry in enumerate(entries)
-    ]
 
 
 def _distinct(rows: list[dict[str, Any]], question: str) -> list[dict[str, Any]]:
@@ -210,6 +196,17 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
     return row
 
 
+def _made_rows(source: str) -> list[dict[str, Any]]:
+    """Of reasoning-gym, the same for the same source: question, answer, and what its own grader finds the entry by."""
+    return [
+        {
+            "id": str(index), "question": entry["question"], "answer": str(entry["answer"]), "gym_source": source,
+            "gym_index": index,
+        }
+        for index, entry in enumerate(open_gym_task(source))
+    ]  # fmt: skip
+
+
 def _read_hub(benchmark: Benchmark) -> list[dict[str, Any]]:
     assert benchmark.hub is not None
     from datasets import load_dataset
@@ -257,6 +254,8 @@ def _plain_item(
     if benchmark.kind == "ifeval":
         grading: dict[str, Any] = {"prompt": question}
         grading |= {key: _required(row, mapping[key], where) for key in ("instruction_id_list", "kwargs")}
+    elif benchmark.kind == "reasoning_gym":
+        grading = {key: _required(row, mapping[key], where) for key in ("gym_source", "gym_index")}
     else:
         gold = _required(row, mapping["gold"], where)
         grading = {"gold": (final_answer(gold) or gold) if isinstance(gold, str) else gold}  # of GSM8K's solutions

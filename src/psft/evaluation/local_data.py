@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from psft.errors import RequestError
-from psft.evaluation.benchmarks import Suite
-from psft.evaluation.items import Data, find_file, is_generated, load_data, why_absent
+from psft.evaluation.benchmarks import Benchmark, Suite
+from psft.evaluation.items import Data, find_file, load_data, why_absent
 
 
 def data_folder(named: str | None, *, setting: str) -> Path | None:
@@ -24,6 +24,11 @@ def data_folder(named: str | None, *, setting: str) -> Path | None:
     if folder is not None and not folder.is_dir():
         raise RequestError(f"{setting}{folder} is no folder. Give the one that holds the benchmark files.")
     return folder
+
+
+def not_here(suite: Suite, data_dir: Path | None) -> list[Benchmark]:
+    """The benchmarks whose data are not on this machine; items that are made always are."""
+    return [b for b in suite.benchmarks if not b.is_made and find_file(b, data_dir) is None]
 
 
 def leave_out(
@@ -69,17 +74,13 @@ def load_all(
     Raises:
         RequestError: data are absent and not skipped, or not as they should be.
     """
-    here = [
-        benchmark
-        for benchmark in suite.benchmarks
-        if is_generated(benchmark) or find_file(benchmark, data_dir) is not None
-    ]
-    fetched = [b for b in suite.benchmarks if download and b not in here and b.hub is not None]
-    absent = [benchmark for benchmark in suite.benchmarks if benchmark not in here and benchmark not in fetched]
+    missing = not_here(suite, data_dir)
+    absent = [benchmark for benchmark in missing if not (download and benchmark.hub is not None)]
     words = [why_absent(benchmark, data_dir, prefix=prefix) for benchmark in absent]
     leave_out(words, len(suite.benchmarks), skip_missing=skip_missing, say=say, title=title)
-    for benchmark in fetched:
-        say(f"fetching {benchmark.shown_name} from the hub: {benchmark.hub.id if benchmark.hub else ''}")
+    for benchmark in missing:
+        if benchmark not in absent:
+            say(f"fetching {benchmark.shown_name} from the hub: {benchmark.hub.id if benchmark.hub else ''}")
     return [
         load_data(benchmark, data_dir, download=download, any_rows=any_rows)
         for benchmark in suite.benchmarks
