@@ -229,7 +229,11 @@ def is_local(source: str) -> bool:
     from psft.data.files import FILE_SUFFIXES
 
     looks_like_path = source.startswith((".", "/", "~")) or source.lower().endswith(FILE_SUFFIXES)
-    return source.startswith("reasoning-gym:") or looks_like_path or Path(source).expanduser().exists()
+    return (
+        source.startswith(("reasoning-gym:", "reasoning-gym-pairs:"))
+        or looks_like_path
+        or Path(source).expanduser().exists()
+    )
 
 
 def _resolved_settings(
@@ -427,9 +431,12 @@ def _benchmark_notes(settings: Any) -> list[str]:
     """What an evaluation while training takes, or why it would be refused."""
     if not settings.eval_suite:
         return []
-    from psft.evaluation.in_training import cost_in_words, load_benchmarks
+    from psft.evaluation.in_training import cost_in_words, fetched_benchmarks, load_benchmarks
 
     try:
+        if absent := fetched_benchmarks(settings):
+            names = ", ".join(benchmark.shown_name for benchmark in absent)
+            return [f"not at hand: {names}; psft train fetches what it evaluates while training"]
         return [f"each evaluation: {cost_in_words(load_benchmarks(settings))}"]
     except RequestError as error:
         return [f"psft train will refuse: {error}"]

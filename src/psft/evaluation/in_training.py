@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from psft.config import BenchmarkFields
 from psft.errors import RequestError, shown
-from psft.evaluation.benchmarks import Suite
+from psft.evaluation.benchmarks import Benchmark, Suite
 from psft.evaluation.chosen import adjusted, choose, contradictions
 from psft.evaluation.items import Data
-from psft.evaluation.local_data import data_folder, load_all
+from psft.evaluation.local_data import data_folder, load_all, not_here
 
 PREFIX = "eval_suite_"
 MEAN = "mean"
@@ -93,14 +94,27 @@ def selection_of(settings: BenchmarkFields, suite: Suite) -> Selection | None:
     raise RequestError(f"select_best={shown(wanted, 60)} is nothing that eval_suite evaluates. Use one of {known}.")
 
 
+def fetched_benchmarks(settings: BenchmarkFields) -> list[Benchmark]:
+    """Those of `eval_suite` that are not on this machine, if a run fetches them all, as `eval_suite_download` asks for.
+
+    Raises:
+        RequestError: `eval_suite_data_dir` is no folder.
+    """
+    absent = not_here(chosen_suite(settings), _data_dir(settings))
+    return absent if settings.eval_suite_download and all(b.hub is not None for b in absent) else []
+
+
+def _data_dir(settings: BenchmarkFields) -> Path | None:
+    return data_folder(settings.eval_suite_data_dir, setting=f"{PREFIX}data_dir=")
+
+
 def load_benchmarks(settings: BenchmarkFields) -> list[Data]:
     """The data of every benchmark of `eval_suite`.
 
     Raises:
         RequestError: the data of some are absent (all are named, with how to get them), or not as they should be.
     """
-    data_dir = data_folder(settings.eval_suite_data_dir, setting=f"{PREFIX}data_dir=")
     return load_all(
-        chosen_suite(settings), data_dir, download=settings.eval_suite_download, prefix=f"--{PREFIX}",
+        chosen_suite(settings), _data_dir(settings), download=settings.eval_suite_download, prefix=f"--{PREFIX}",
         title="benchmarks of eval_suite are not here",
     )  # fmt: skip
