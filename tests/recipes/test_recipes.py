@@ -17,12 +17,19 @@ PAPER = [
     "math-qwen2.5-7b-psft-noclip", "math-qwen2.5-7b-psft-warmup", "math-qwen2.5-7b-sft", "math-qwen2.5-7b-sft-kl",
     "math-qwen2.5-7b-sft-matched",
 ]  # fmt: skip
+PIPELINES = [
+    "pipeline-align-qwen3-4b", "pipeline-math-llama3.1-8b", "pipeline-math-qwen2.5-7b", "pipeline-quickstart-dpo",
+    "pipeline-quickstart-grpo",
+]  # fmt: skip
 STAGES = ["align-qwen3-4b-dpo", "math-llama3.1-8b-grpo", "math-qwen2.5-7b-grpo"]
 
 
 def test_every_setting_of_the_paper_has_a_recipe() -> None:
     """Goes red if a file is missing from the package, or the data set table is listed as a recipe."""
-    assert recipes.names() == ["quickstart", *sorted([*PAPER, *STAGES, "dpo-quickstart", "grpo-quickstart"])]
+    assert recipes.names() == [
+        "quickstart",
+        *sorted([*PAPER, *STAGES, *PIPELINES, "dpo-quickstart", "grpo-quickstart"]),
+    ]
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -100,7 +107,9 @@ def test_the_command_lists_and_prints(capsys: pytest.CaptureFixture[str]) -> Non
     """Goes red if a recipe loses its describing first line."""
     assert run([]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 + len(PAPER) + len(STAGES) and all(len(line.split(maxsplit=1)[1]) > 20 for line in lines)
+    assert len(lines) == 3 + len(PAPER) + len(STAGES) + len(PIPELINES) and all(
+        len(line.split(maxsplit=1)[1]) > 20 for line in lines
+    )
     assert run(["quickstart"]) == 0
     assert capsys.readouterr().out == recipes.read_text("quickstart")
     with pytest.raises(RequestError, match="one name"):

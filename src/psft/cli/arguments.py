@@ -18,7 +18,7 @@ from typing import Any
 
 from psft.cli.values import BadValue, accepts_bool, convert, describe, is_dict, is_list, show_value
 from psft.errors import RequestError, shown
-from psft.recipes import STAGE, STAGES, parse_settings, read_file
+from psft.recipes import PIPELINE, STAGE, STAGES, parse_settings, read_file
 
 _SHORT_NAMES = {
     "lr": "learning_rate",
@@ -215,6 +215,9 @@ def _read_recipe(
         problems.append(str(error))
         return {}
     is_file = is_file or load_recipe is None
+    if any(key == PIPELINE for key, _, _ in items):
+        problems.append(f"{shown(recipe)} is a pipeline. Run: psft run {shown(recipe)}.")
+        return {}
     stage = next((value for key, value, _ in items if key == STAGE), None if is_file else "train")
     if command in STAGES and stage not in (None, command):
         its_command = f"psft {shown(stage, 40)}"

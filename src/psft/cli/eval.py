@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from psft.errors import RequestError
 
 if TYPE_CHECKING:
+    from psft.evaluation.benchmarks import Suite
+    from psft.evaluation.harness.registry import HarnessTask
+    from psft.evaluation.harness.settings import HarnessSettings
     from psft.evaluation.readiness.settings import ReadinessSettings
     from psft.evaluation.session import Outcome
     from psft.evaluation.settings import HowToSample, WhatToEvaluate
@@ -31,23 +35,43 @@ _USAGE = (
 )
 
 
-def run(argv: list[str]) -> int:
-    """`psft eval MODEL... --suite NAME`. Returns the exit code."""
-    from psft.cli.arguments import format_help, parse_request
+@dataclass(frozen=True)
+class EvalRequest:
+    """What a person asked for. models: one; several for rl-readiness alone. suite: sampled benchmarks; tasks: those of
+    lm-eval, asked for as tasks_name. readiness: None unless rl-readiness is asked for."""
+
+    models: tuple[str, ...]
+    what: WhatToEvaluate
+    how: HowToSample
+    suite: Suite
+    harness: HarnessSettings
+    tasks: tuple[HarnessTask, ...] = ()
+    tasks_name: str = ""
+    readiness: ReadinessSettings | None = None
+
+
+def read_request(argv: Sequence[str]) -> EvalRequest:
+    """Read MODEL... and flags. Loads no model and no data.
+
+    Raises:
+        RequestError: no model, no suite, an unknown one, unknown settings, or one without effect.
+    """
+    from psft.cli.arguments import parse_request
+    from psft.evaluation.chosen import choose
+    from psft.evaluation.harness.registry import choose_tasks, split_names
     from psft.evaluation.harness.settings import HarnessSettings
+    from psft.evaluation.readiness.prompts import as_rollouts, readiness_suite
     from psft.evaluation.readiness.settings import READINESS, ReadinessSettings
     from psft.evaluation.settings import HowToSample, WhatToEvaluate
 
-    sections = [WhatToEvaluate, HowToSample, HarnessSettings, ReadinessSettings]
-    if not argv or "-h" in argv or "--help" in argv:
-        print(format_help("eval", sections, usage=_USAGE))
-        return 0
     num_models = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
-    models = argv[:num_models]
+    models = tuple(argv[:num_models])
     if not models:
         raise RequestError("the model comes first: psft eval MODEL --suite math.")
+    sections = [WhatToEvaluate, HowToSample, HarnessSettings, ReadinessSettings]
     given = parse_request(argv[num_models:], sections, command="eval")
     what, how = WhatToEvaluate(**given[WhatToEvaluate]), HowToSample(**given[HowToSample])
+    harness, readiness = HarnessSettings(**given[HarnessSettings]), ReadinessSettings(**given[ReadinessSettings])
     if not what.suite:
         raise RequestError(
             "--suite is missing. Give math, ood, smoke, alignment-tax, rl-readiness, a benchmark such as aime24, or a "
@@ -55,14 +79,19 @@ def run(argv: list[str]) -> int:
         )
     if READINESS in what.suite:
         _refuse(given[HarnessSettings], "alignment-tax or harness:TASK in --suite, without rl-readiness")
-        return _run_readiness(models, what, how, ReadinessSettings(**given[ReadinessSettings]))
+        suite = readiness_suite(what.suite)
+        return EvalRequest(models, *as_rollouts(what, how, readiness.group_size), suite, harness, readiness=readiness)
     if len(models) > 1:
         raise RequestError(
             f"{len(models)} models are named ({', '.join(models[:4])}). --suite rl-readiness compares several; any "
             "other suite takes one."
         )
     _refuse(given[ReadinessSettings], "rl-readiness in --suite")
-    return _run_benchmarks(models[0], what, how, given[HarnessSettings])
+    sampled, through_lm_eval = split_names(what.suite)
+    suite, tasks = choose(sampled), choose_tasks(through_lm_eval, what.limit)
+    if not tasks:
+        _refuse(given[HarnessSettings], "alignment-tax or harness:TASK in --suite")
+    return EvalRequest(models, what, how, suite, harness, tasks, "+".join(through_lm_eval))
 
 
 def _refuse(given: Mapping[str, Any], needed: str) -> None:
@@ -71,14 +100,28 @@ def _refuse(given: Mapping[str, Any], needed: str) -> None:
         raise RequestError(f"{names} has no effect without {needed}. Leave it out.")
 
 
-def _run_readiness(models: list[str], what: WhatToEvaluate, how: HowToSample, settings: ReadinessSettings) -> int:
-    from psft.evaluation.readiness.prompts import readiness_suite
+def run(argv: list[str]) -> int:
+    """`psft eval MODEL... --suite NAME`. Returns the exit code."""
+    if not argv or "-h" in argv or "--help" in argv:
+        from psft.cli.arguments import format_help
+        from psft.evaluation.harness.settings import HarnessSettings
+        from psft.evaluation.readiness.settings import ReadinessSettings
+        from psft.evaluation.settings import HowToSample, WhatToEvaluate
+
+        sections = [WhatToEvaluate, HowToSample, HarnessSettings, ReadinessSettings]
+        print(format_help("eval", sections, usage=_USAGE))
+        return 0
+    request = read_request(argv)
+    return _run_benchmarks(request) if request.readiness is None else _run_readiness(request, request.readiness)
+
+
+def _run_readiness(request: EvalRequest, settings: ReadinessSettings) -> int:
     from psft.evaluation.readiness.session import evaluate_readiness
     from psft.evaluation.results import remarks
 
-    found = evaluate_readiness(models, readiness_suite(what.suite), what, how, settings)
+    found = evaluate_readiness(request.models, request.suite, request.what, request.how, settings)
     print(found.table)
-    for name, outcome in zip(models, found.outcomes, strict=True):
+    for name, outcome in zip(request.models, found.outcomes, strict=True):
         for line in remarks(outcome.results["benchmarks"]):
             print(f"- {name}: {line}")
     print()
@@ -94,27 +137,20 @@ def _run_readiness(models: list[str], what: WhatToEvaluate, how: HowToSample, se
     return 0
 
 
-def _run_benchmarks(model: str, what: WhatToEvaluate, how: HowToSample, harness: Mapping[str, Any]) -> int:
-    from psft.evaluation.chosen import choose
-    from psft.evaluation.harness.registry import choose_tasks, split_names
+def _run_benchmarks(request: EvalRequest) -> int:
     from psft.evaluation.harness.scores import table as harness_table
     from psft.evaluation.harness.session import evaluate_harness, load_tasks
-    from psft.evaluation.harness.settings import HarnessSettings
     from psft.evaluation.results import table
     from psft.evaluation.session import evaluate
 
-    sampled, through_lm_eval = split_names(what.suite)
-    suite, tasks = choose(sampled), choose_tasks(through_lm_eval, what.limit)
-    settings = HarnessSettings(**harness)
-    if not tasks:
-        _refuse(harness, "alignment-tax or harness:TASK in --suite")
-    with_data = load_tasks(tasks, what, how, settings) if tasks else []
+    model, what, how, harness, tasks = request.models[0], request.what, request.how, request.harness, request.tasks
+    with_data = load_tasks(tasks, what, how, harness) if tasks else []
     outcomes = []
-    if suite.benchmarks:
-        outcomes.append(evaluate(model, suite, what, how))
+    if request.suite.benchmarks:
+        outcomes.append(evaluate(model, request.suite, what, how))
         _show(outcomes[-1], table)
     if tasks:
-        outcomes.append(evaluate_harness(model, "+".join(through_lm_eval), with_data, what, how, settings))
+        outcomes.append(evaluate_harness(model, request.tasks_name, with_data, what, how, harness))
         _show(outcomes[-1], harness_table)
     for outcome in outcomes:
         outcome.raise_if_incomplete()

@@ -20,6 +20,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("psft.cli.train", "fine-tune a model on demonstrations"),
     "dpo": ("psft.cli.dpo", "preference optimisation (DPO) on top of a fine-tuned model"),
     "grpo": ("psft.cli.grpo", "reinforcement learning (GRPO with all of DAPO) on top of a fine-tuned model"),
+    "run": (
+        "psft.cli.run",
+        "run the stages of a pipeline: train, evaluate, GRPO or DPO, report; goes on where it stopped",
+    ),
     "plan": ("psft.cli.plan", "dry run of train, dpo or grpo: settings, steps, data, memory and time, without weights"),
     "recipes": ("psft.cli.recipes", "list the recipes, or print one"),
     "report": ("psft.cli.report", "one-file HTML, figures and tables from run folders, also while a run goes on"),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from psft.models.architectures import Architecture
     from psft.objectives import Objective
 
-HELP = "Dry run of psft train, dpo or grpo: settings, steps, data, memory and time; no weights, no network."
+HELP = "Dry run of psft train, dpo, grpo or run: settings, steps, data, memory and time; no weights, no network."
 
 _SHOWN = (
     "loss_aggregation",
@@ -64,6 +64,10 @@ def run(argv: list[str]) -> int:
         RequestError: what the command itself would refuse: unknown settings, contradictions, unusable local data.
     """
     stage = _stage_asked_for(argv)
+    if stage == "run":
+        from psft.cli import plan_pipeline
+
+        return plan_pipeline.run(argv)
     if stage == "dpo":
         from psft.cli import plan_dpo
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +23,30 @@ class Lengths:
     mean: float
     is_bound: bool
     num_rows: int | None
+
+
+@dataclass(frozen=True)
+class DeviceCost:
+    """What a run takes on one kind of device. num_devices: 0 = it does not fit. seconds: of all steps, at that number;
+    None = not known."""
+
+    device: str
+    num_devices: int
+    seconds: float | None
+
+
+_recorded: ContextVar[list[DeviceCost] | None] = ContextVar("recorded", default=None)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[DeviceCost]]:
+    """What is estimated inside, as numbers: a pipeline's plan adds up what its stages' plans print."""
+    found: list[DeviceCost] = []
+    token = _recorded.set(found)
+    try:
+        yield found
+    finally:
+        _recorded.reset(token)
 
 
 @dataclass(frozen=True)
@@ -88,11 +115,15 @@ def cost_table(
         rows.append(
             _device_row(device, model, extras, trainable, lengths, arguments, settings, rows_per_step, num_steps)
         )
+    return [*lines, *in_columns(rows), *_footnotes(extras)]
+
+
+def in_columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows of equal length as lines, their cells aligned."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines += [
+    return [
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
-    return [*lines, *_footnotes(extras)]
 
 
 def _extras(
@@ -147,6 +178,9 @@ def _device_row(
     ) / (count or 1)
     devices = ("1" if fits else "does not fit") if on_cpu else (str(count) if count else "more than 64")
     needed = f"{memory.total() / estimate.GIB:.1f} GiB"
+    if (recorded := _recorded.get()) is not None:
+        seconds = None if num_steps is None else step_s * num_steps + once_s
+        recorded.append(DeviceCost(device.name, int(devices) if devices.isdigit() else 0, seconds))
     if not devices.isdigit():
         return device.name, f"{tokens} tok", needed, devices, "-", "-"
     total = "unknown" if num_steps is None else duration(step_s * num_steps + once_s)

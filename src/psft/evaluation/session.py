@@ -82,7 +82,7 @@ def evaluate(
         RunFailed: the backend cannot go on; what came so far is kept.
     """
     say = say or say_on_stderr
-    suite = _adjusted(suite, what, how)
+    suite = asked(suite, what, how)
     check_settings(what, how)
     data = load_all(
         suite, data_folder(what.data_dir, setting="--data_dir "), download=what.download, any_rows=what.any_rows,
@@ -146,8 +146,12 @@ def evaluate(
     return Outcome(content, path, _problem(found, made))
 
 
-def _adjusted(suite: Suite, what: WhatToEvaluate, how: HowToSample) -> Suite:
-    """The suite with what the command line says instead."""
+def asked(suite: Suite, what: WhatToEvaluate, how: HowToSample) -> Suite:
+    """The suite with what the command line says instead.
+
+    Raises:
+        RequestError: the two contradict each other.
+    """
     if any(number is not None and number < 1 for number in (what.k, what.limit)):
         raise RequestError("--k and --limit must be 1 or more.")
     made = adjusted(

@@ -18,6 +18,8 @@ _DATASETS_FILE = "datasets.yaml"
 STAGE = "stage"
 """The one key that is no setting: the command a recipe is for, `train` where it has none."""
 STAGES = ("train", "dpo", "grpo")
+PIPELINE = "pipeline"
+"""The key that makes a file a pipeline, which `psft run` takes and no other command (`psft.pipelines`)."""
 MAX_BYTES = 1 << 16  # of a recipe file; the longest of ours has 2 KB, and YAML is read slowly
 MAX_VALUES = 10_000  # of a recipe with every alias written out
 MAX_DEPTH = 32  # lists and mappings inside each other; PyYAML takes ever longer with depth, then runs out of stack
@@ -86,12 +88,15 @@ def load_recipe(name_or_path: str) -> dict[str, Any]:
 
 
 def stage_of(name_or_path: str) -> str:
-    """The command a recipe is for.
+    """The command a recipe is for; `run` for a pipeline.
 
     Raises:
         RequestError: it cannot be read, or names a command that is none.
     """
-    stage = load_recipe(name_or_path).get(STAGE, "train")
+    recipe = load_recipe(name_or_path)
+    stage = recipe.get(STAGE, "train")
+    if PIPELINE in recipe:
+        return "run"
     if stage not in STAGES:
         raise RequestError(f"recipe {shown(name_or_path)}: {STAGE}={shown(stage, 40)} is none of {', '.join(STAGES)}.")
     return str(stage)
