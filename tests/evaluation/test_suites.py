@@ -25,7 +25,7 @@ def test_the_suites_are_the_papers():
         "ifeval": (8, 4_096),
         **dict.fromkeys(["mmlu_pro", "supergpqa", "headqa"], (1, 10_240)),
     }
-    assert suite_names() == ["math", "ood", "rl-readiness", "smoke"]
+    assert suite_names() == ["math", "ood", "quickstart", "rl-readiness", "smoke"]
 
 
 @pytest.mark.parametrize("name", MATH)

@@ -119,11 +119,19 @@ def _benchmark_files(names: list[str], data_dir: Path | None) -> Iterator[Path]:
     from psft.evaluation.chosen import choose
     from psft.evaluation.harness import data as harness_data
     from psft.evaluation.harness.registry import choose_tasks, split_names
+    from psft.evaluation.readiness.prompts import readiness_suite
+    from psft.evaluation.readiness.settings import READINESS
 
     sampled, through_lm_eval = split_names(names)
-    yield from (Path(name).expanduser() for name in sampled if name.endswith((".yaml", ".yml")))
-    found = [items.find_file(benchmark, data_dir) for benchmark in choose(sampled).benchmarks]
-    found += [harness_data.find_file(task, data_dir) for task in choose_tasks(through_lm_eval, None)]
+    yield from (path for name in sampled if name.endswith((".yaml", ".yml")) and (path := _path(name)) is not None)
+    try:
+        is_readiness = READINESS in names  # which takes files of rows, too
+        suite = readiness_suite(names) if is_readiness else choose(sampled)
+        tasks = () if is_readiness else choose_tasks(through_lm_eval, None)
+    except RequestError:  # the command says it, with the stage
+        return
+    found = [items.find_file(benchmark, data_dir) for benchmark in suite.benchmarks]
+    found += [harness_data.find_file(task, data_dir) for task in tasks]
     yield from (path for path in found if path is not None)
 
 
