@@ -111,6 +111,6 @@ def test_every_recipe_plans_without_weights_or_network(name, capsys, monkeypatch
     monkeypatch.setenv("PSFT_CACHE", str(tmp_path / "no-cache"))
     assert main(["plan", name]) == 0
     printed = capsys.readouterr().out
-    shown = "64" if name == "grpo-quickstart" else "2048"
+    shown = "32" if name == "grpo-quickstart" else "2048"
     assert f"x 8 answers = {shown}, one old policy" in printed and "weight 1" in printed
     assert not (tmp_path / "no-cache" / "models").exists()
