@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from psft.data.gym import open_gym_task
 from psft.errors import RequestError
 from psft.evaluation.items import load_data
 from psft.evaluation.readiness.prompts import MOST_PROMPTS, as_rollouts, readiness_suite
@@ -86,4 +87,17 @@ def test_what_is_no_prompt_is_refused_by_name(tmp_path):
     with pytest.raises(RequestError, match="no suite, benchmark or file named mth"):
         readiness_suite(["rl-readiness", "mth"])
     with pytest.raises(RequestError, match="reasoning-gym has no task"):
-        load_data(readiness_suite(["rl-readiness", "reasoning-gym:chain_sums"]).benchmarks[0], None)
+        readiness_suite(["rl-readiness", "reasoning-gym:chain_sums"])
+
+
+@pytest.mark.parametrize(("task", "kind"), [("chain_sum", "math"), ("letter_counting", "math"),
+                                            ("word_sorting", "reasoning_gym")])  # fmt: skip
+def test_a_task_is_graded_by_what_its_answers_are(task, kind):
+    """Goes red if words are graded as mathematics, so that no answer is ever right."""
+    (benchmark,) = readiness_suite([f"reasoning-gym:{task}?size=3"]).benchmarks
+    data = load_data(benchmark, None)
+    assert benchmark.kind == kind and len(data.items) == 3
+    grader = get_grader(kind, **benchmark.grader)
+    for item, row in zip(data.items, open_gym_task(benchmark.file), strict=True):
+        assert grader({**item.grading, "response": f"The answer is {row['answer']}"}).score == 1
+        assert grader({**item.grading, "response": "I do not know."}).score < 1

@@ -1,8 +1,8 @@
 """The prompts that readiness is measured on: those that come with psft, any benchmark, or a file of one's own.
 
-A data file or a `reasoning-gym:` source becomes a benchmark of mathematics, its fields found by the names that `psft
-grpo` looks for (`psft.data.prompts`). All of them are sampled as rollouts are: temperature 1, the whole vocabulary, as
-many answers as a group has.
+A data file becomes a benchmark of mathematics, its fields found by the names that `psft grpo` looks for
+(`psft.data.prompts`); so does a `reasoning-gym:` source whose answers are numbers. All of them are sampled as rollouts
+are: temperature 1, the whole vocabulary, as many answers as a group has.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from psft.data.files import FILE_SUFFIXES
-from psft.data.gym import PREFIX
+from psft.data.gym import PREFIX, open_gym_task, parse_gym_source
 from psft.data.prompts import GOLD_FIELDS, PROMPT_FIELDS
 from psft.errors import RequestError, shown
 from psft.evaluation.benchmarks import Benchmark, Sampling, Suite, packaged_suite
@@ -74,8 +74,7 @@ def _is_source(name: str) -> bool:
 
 def _of_source(name: str) -> Suite:
     if name.startswith(PREFIX):
-        task = name.removeprefix(PREFIX).partition("?")[0]
-        return Suite(task, (_benchmark(task, name, {"id": "id", "question": "question", "gold": "answer"}),))
+        return _of_task(name)
     path = Path(name).expanduser().absolute()
     label = path.name.partition(".")[0]
     first = next(iter(read_rows(path)), None)
@@ -83,6 +82,23 @@ def _of_source(name: str) -> Suite:
         raise RequestError(f"{shown(name)} holds no row. Give one with at least one prompt.")
     made = _benchmark(label, path.name, _fields(first, name))
     return Suite(label, (replace(made, folder=path.parent, distinct=True, limit=MOST_PROMPTS),))
+
+
+def _of_task(source: str) -> Suite:
+    """Numbers are graded as mathematics, any other answer by the task's own scorer, which may give parts of a point."""
+    task, _ = parse_gym_source(source)
+    if _is_number(open_gym_task(source)[0]["answer"]):
+        return Suite(task, (_benchmark(task, source, {"id": "id", "question": "question", "gold": "answer"}),))
+    fields = {name: name for name in ("id", "question", "gym_source", "gym_index")}
+    return Suite(task, (Benchmark(task, "reasoning_gym", source, fields=fields, sampling=_ROLLOUT),))
+
+
+def _is_number(answer: object) -> bool:
+    try:
+        float(str(answer).replace(",", ""))
+    except ValueError:
+        return False
+    return True
 
 
 def _benchmark(name: str, file: str, fields: Mapping[str, Any]) -> Benchmark:
