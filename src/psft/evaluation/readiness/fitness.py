@@ -58,7 +58,8 @@ def fitness_of(model: Measures) -> Fitness:
         is_sure = estimate.high is not None and estimate.high < least
         (problems if is_sure else doubts).append(f"{_SAID[what]} {share_in_words(estimate)}: {why}")
 
-    below("readable", READABLE_LEAST, "most of the reward would be about the form of an answer. Fine-tune on")
+    form = "most of the reward would be about the form of an answer. Fine-tune on; if many are cut, allow longer ones"
+    below("readable", READABLE_LEAST, form)
     readable = model.estimate("readable")
     if readable is not None and READABLE_LEAST <= readable.value < READABLE_GOOD:
         warnings.append(
