@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from psft.data.gym import parse_gym_source
 from psft.errors import RequestError
 from psft.evaluation.benchmarks import make_suite, packaged_suite
 from psft.evaluation.grading import grader_of, prepare_graders
 from psft.evaluation.items import load_data
 from psft.evaluation.local_data import not_here
+from psft.recipes import load_recipe
 from psft.rewards import get_grader
 
 
@@ -25,11 +27,24 @@ def test_the_quick_start_suite_needs_no_data(monkeypatch: pytest.MonkeyPatch, tm
     prepare_graders(data)
     assert "reasoning-gym" in grader_of(data[0])["versions"]
     item = data[0].items[0]
-    first, _, second = item.question.rpartition(":")[2].strip().rstrip(" =").partition(" + ")
+    assert item.question == "Calculate 6 + 5."
     grader = get_grader("reasoning_gym", **data[0].benchmark.grader)
-    right, wrong = int(first) + int(second), int(first) + int(second) + 1
-    assert grader({**item.grading, "response": f"It is {right}."}).score == 1.0
-    assert grader({**item.grading, "response": f"It is {wrong}."}).score < 1.0
+    assert grader({**item.grading, "response": "It is 11."}).score == 1.0
+    assert grader({**item.grading, "response": "It is 12."}).score < 1.0
+
+
+def test_the_quick_start_suite_asks_what_the_quick_starts_train_on() -> None:
+    """Goes red if a recipe gets another task and the suite is left behind, or the same problems are asked again."""
+    asked = {benchmark.name: benchmark for benchmark in packaged_suite("quickstart").benchmarks}
+    for name, recipe in (("sums", load_recipe("grpo-quickstart")), ("gsm_symbolic", load_recipe("quickstart"))):
+        (task, own), (trained_task, trained) = (parse_gym_source(s) for s in (asked[name].file, recipe["dataset"]))
+        seeds = own.pop("seed"), trained.pop("seed")
+        del own["size"], trained["size"]
+        assert (task, own) == (trained_task, trained) and seeds[0] != seeds[1]
+    rewarded = load_recipe("grpo-quickstart")
+    assert asked["sums"].system_prompt == rewarded["system_prompt"]
+    assert asked["sums"].grader == rewarded["reward_settings"]["reasoning_gym"]
+    assert asked["sums"].sampling.max_tokens == rewarded["max_completion_length"]
 
 
 def test_an_unknown_task_is_refused_with_the_nearest() -> None:

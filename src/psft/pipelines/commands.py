@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,8 +109,6 @@ def _text(value: Any, place: Place) -> str:
         return value
     if isinstance(value, list | tuple | dict):
         return json.dumps(_plain(value, place), ensure_ascii=False)
-    if isinstance(value, float) and math.isinf(value):
-        return ".inf" if value > 0 else "-.inf"
     return json.dumps(value, default=str)
 
 
