@@ -6,6 +6,7 @@ another process carries the digest of its tokenizer and is refused where it arri
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -45,7 +46,7 @@ class EncodedBatch:
     first_special_text: str = ""
 
 
-class BatchEncoder:
+class BatchEncoder(ABC):
     """Checks, renders, tokenises and cuts rows of one format. What a row becomes is left to the class below it.
 
     Args:
@@ -84,13 +85,13 @@ class BatchEncoder:
                 "this tokenizer does not arrive whole in another process. Prepare in this one: --dataset_num_proc 1."
             )
 
+    @abstractmethod
     def __call__(self, batch: list[Row]) -> EncodedBatch:
         """Good rows and rejections of a batch, each in the order of the source.
 
         Raises:
             RequestError: the chat template had to be stopped.
         """
-        raise NotImplementedError
 
     def _guarded(self, row: Row, render: Callable[[Row], Item]) -> Item | RowRejected:
         """What `render` makes of a row, or why it cannot be used."""
